@@ -1,0 +1,131 @@
+"""Checkpoints of plain and of applied models, each loadable into the other.
+
+An applied layer's keys are ``<layer>.parametrizations.<tensor>.original`` (the latent) and ``...<tensor>.0.*`` (the
+cluster). Load hooks let an applied model take a plain checkpoint, strictly; :func:`plain_state_dict` turns an applied
+model's checkpoint into the host's own keys.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .epc import exp_map
+from .flips import set_reference
+from .parametrization import EPC, find
+from .settings import Settings
+
+__all__ = ["install_hooks", "plain_state_dict", "remove_hooks"]
+
+_GEOMETRY = ("space", "radius", "per", "relative", "shape", "dims")
+"""What has to be the same for a checkpoint's latents and points to mean the same weights."""
+
+_LATENT_KEY = re.compile(r"^(?P<prefix>(?:.*\.)?)parametrizations\.(?P<tensor>[^.]+)\.original$")
+
+
+def install_hooks(root: nn.Module, layers: list[nn.Module]) -> None:
+    """Let ``root`` refuse checkpoints of other clusters, and ``layers`` take plain ones."""
+    if not any(_hook_of(entry) is _refuse_other_clusters for entry in root._load_state_dict_pre_hooks.values()):
+        root._register_load_state_dict_pre_hook(_refuse_other_clusters, with_module=True)
+    for layer in layers:
+        layer._register_load_state_dict_pre_hook(_accept_plain, with_module=True)
+        layer.register_load_state_dict_post_hook(_renew_reference)
+
+
+def remove_hooks(root: nn.Module) -> None:
+    """Take all hooks of :func:`install_hooks` off again."""
+    ours = (_refuse_other_clusters, _accept_plain, _renew_reference)
+    for module in root.modules():
+        for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
+            for key in [key for key, entry in hooks.items() if _hook_of(entry) in ours]:
+                del hooks[key]
+
+
+def _hook_of(entry: Any) -> Any:
+    return getattr(entry, "hook", entry)
+
+
+def _described(state: Tensor) -> dict[str, Any]:
+    described: dict[str, Any] = json.loads(bytes(state.tolist()))
+    return described
+
+
+def _refuse_other_clusters(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    differences = []
+    for name, layer in module.named_modules(prefix=prefix.rstrip(".")):
+        for tensor_name, epc in find(layer).items():
+            state = state_dict.get(f"{name}.parametrizations.{tensor_name}.0._extra_state".lstrip("."))
+            if state is None:
+                continue
+            theirs, ours = _described(state), _described(epc.get_extra_state())
+            differences += [
+                f"{name}: {key} is {theirs.get(key)!r} in the checkpoint, {ours[key]!r} in the model"
+                for key in _GEOMETRY
+                if theirs.get(key) != ours[key]
+            ]
+    if differences:
+        raise ValueError("the checkpoint belongs to other clusters; nothing was loaded:\n  " + "\n  ".join(differences))
+
+
+def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A plain weight in the checkpoint loads as if apply had been called on a model that held it."""
+    for tensor_name, epc in find(module).items():
+        weight = state_dict.get(prefix + tensor_name)
+        inside = f"{prefix}parametrizations.{tensor_name}."
+        if weight is None or inside + "original" in state_dict or tuple(weight.shape) != tuple(epc.latent.shape):
+            continue
+        weight = state_dict.pop(prefix + tensor_name).detach().to(epc.latent.device)
+        fresh = EPC(weight, epc.settings, shape=epc.shape, unit_dims=epc.unit_dims, name=epc.name)
+        state_dict[inside + "original"] = fresh.latent_of(weight)[0]
+        state_dict.update(fresh.state_dict(prefix=inside + "0."))
+        epc.reference_is_stale = True
+
+
+def _renew_reference(module: nn.Module, _: Any) -> None:
+    for tensor_name, epc in find(module).items():
+        if epc.reference_is_stale:
+            epc.reference_is_stale = False
+            set_reference(module, tensor_name, epc)
+
+
+@torch.no_grad()
+def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """An applied model's state_dict under the host's own keys, each weight mapped: it loads, strictly, into a plain model.
+
+    Args:
+        state_dict: of an applied model (a plain one passes unchanged). Not modified.
+
+    Returns:
+        A new dict; tensors that needed no mapping are shared.
+    """
+    plain: dict[str, Any] = {}
+    for key, value in state_dict.items():
+        match = _LATENT_KEY.match(key)
+        inside = f"{key.removesuffix('original')}0."
+        if match and inside + "_extra_state" in state_dict and inside + "point" in state_dict:
+            plain[match["prefix"] + match["tensor"]] = _mapped(value, state_dict, inside)
+        elif not _is_cluster_key(key, state_dict):
+            plain[key] = value
+    return plain
+
+
+def _is_cluster_key(key: str, state_dict: Mapping[str, Any]) -> bool:
+    match = re.match(r"^(.*parametrizations\.[^.]+\.0\.)[^.]+$", key)
+    return match is not None and match[1] + "_extra_state" in state_dict and match[1] + "point" in state_dict
+
+
+def _mapped(latent: Tensor, state_dict: Mapping[str, Any], inside: str) -> Tensor:
+    described = _described(state_dict[inside + "_extra_state"])
+    names = Settings.__dataclass_fields__
+    settings = Settings(**{key: value for key, value in described.items() if key in names})
+    radius: float | Tensor = settings.radius
+    if settings.relative:
+        radius = radius / state_dict[inside + "scale"].double() ** 2
+    point = state_dict[inside + "point"]
+    v = latent.detach().reshape(described["shape"])
+    return exp_map(point, v, radius, settings.geometry, tuple(described["dims"])).reshape(latent.shape)

@@ -1,0 +1,73 @@
+"""Where the points of a model are, and what they do to its binary weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from .flips import applied_layers, current_bits
+from .tables import table
+
+__all__ = ["ClusterReport", "LayerClusters", "cluster_report"]
+
+
+class LayerClusters(NamedTuple):
+    """One layer's points."""
+
+    points: int
+    steps: int
+    """How many steps the points have made."""
+    mean_reach: float
+    """Mean of √r‖p‖ over the layer's points: 0 at the ball's origin, 1 at its edge (1 everywhere on the sphere)."""
+    reach: float
+    """Its maximum."""
+    disagreement: float
+    """Share of weights whose binary value differs from the one the host would give the latent weight itself."""
+
+
+class ClusterReport(Mapping[str, LayerClusters]):
+    """Layer name → :class:`LayerClusters`. Its repr is a table."""
+
+    def __init__(self, layers: Mapping[str, LayerClusters]) -> None:
+        self._layers = dict(layers)
+
+    def __getitem__(self, layer: str) -> LayerClusters:
+        return self._layers[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        rows = [
+            (name, str(x.points), str(x.steps), f"{x.mean_reach:.4f}", f"{x.reach:.4f}", f"{100 * x.disagreement:.2f} %")
+            for name, x in self.items()
+        ]
+        header = ("layer", "points", "steps", "mean √r‖p‖", "max √r‖p‖", "binary weight ≠ latent's")
+        return table("exponential parametrization clusters", header, rows)
+
+
+def cluster_report(model: nn.Module) -> ClusterReport:
+    """How far each layer's points have moved, as a share of the ball's radius, and how many binary weights they decide.
+
+    Raises:
+        ValueError: the model was never applied, or is fused.
+    """
+    layers: dict[str, LayerClusters] = {}
+    for name, (module, tensor_name, epc) in applied_layers(model).items():
+        bits = current_bits(module, tensor_name, epc)
+        with epc.bypassed():
+            latent_bits = current_bits(module, tensor_name, epc)
+        reach = epc.reach()
+        layers[name] = LayerClusters(
+            points=epc.points,
+            steps=int(epc.steps),
+            mean_reach=float(reach.mean()),
+            reach=float(reach.max()),
+            disagreement=float((bits != latent_bits).float().mean()),
+        )
+    return ClusterReport(layers)

@@ -1,0 +1,175 @@
+r"""The exponential parametrization cluster (EPC, [HBNN] Eq. 6) on weight tensors: x = exp_p(v), and its inverse.
+
+:mod:`hbnn_plugin.ball` and :mod:`hbnn_plugin.sphere` reduce the map to x = αp + βv with one α and one β a point. What is
+left are passes over the weights, and this file is about making few of them:
+
+* forward: three inner products, one combination.
+* backward, with a = ⟨G,p⟩ and b = ⟨G,v⟩ for G = ∂L/∂x:
+  ∂L/∂v = βG + 2(a α_V + b β_V) v + (a α_Q + b β_Q) p, and likewise ∂L/∂p.
+
+The scalars are float64 (they are one a point), the passes run in float32 or better, the result has the weight's dtype.
+In eager mode this is one autograd function; under ``torch.compile`` and ``torch.export`` it is the same formula in plain
+torch ops, which those tools fuse themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ball
+from .scalars import Radius, Space
+
+__all__ = ["combine", "exp_map", "inner", "log_map", "mobius_add", "mobius_scale", "working_dtype"]
+
+Dims = tuple[int, ...]
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 or better: in half precision a point at the margin has no digits left for its distance to the edge."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _scalar_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+
+
+def inner(x: Tensor, y: Tensor, dims: Dims) -> Tensor:
+    """⟨x, y⟩ over ``dims`` (kept with size 1), summed pairwise in the tensors' dtype, as float64."""
+    # Not vector_norm: on a CPU it sums sequentially and loses four digits over a layer of 2 million float32 weights.
+    return (x * y).sum(dims, keepdim=True).to(_scalar_dtype(x.device))
+
+
+def combine(coefficients: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> Tensor:
+    """Σ c_i x_i, one coefficient a point, in the vectors' dtype."""
+    dtype = vectors[0].dtype
+    result = coefficients[0].to(dtype) * vectors[0]
+    for coefficient, vector in zip(coefficients[1:], vectors[1:]):
+        result.addcmul_(coefficient.to(dtype), vector)
+    return result
+
+
+def _taming(v: Tensor, dims: Dims) -> Tensor:
+    """A factor t ≤ 1 a point, less than 1 only where ‖v‖² would overflow v's dtype.
+
+    Such a v lies so deep in the map's saturation that EPC(v) and EPC(t·v) are equal to the last digit.
+    """
+    limit = 1e15 if v.dtype == torch.float32 else 1e100
+    return (limit / v.detach().abs().amax(dims, keepdim=True)).clamp(max=1.0)
+
+
+class _Exp(torch.autograd.Function):
+    """x = αp + βv with the closed-form backward; differentiable twice, and over vmap."""
+
+    @staticmethod
+    def forward(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> tuple[Tensor, Tensor, bool]:
+        gram = torch.stack([inner(p, p, dims), inner(v, v, dims), inner(p, v, dims)])
+        taming = torch.ones_like(gram[0])
+        tamed = not (v.is_cpu and bool(gram.isfinite().all()))  # elsewhere, looking would cost a synchronisation
+        if tamed:
+            taming = _taming(v, dims).to(gram.dtype)
+            v = v * taming.to(v.dtype)
+            gram = torch.stack([inner(p, p, dims), inner(v, v, dims), inner(p, v, dims)])
+        alpha, beta = space.exp(*gram, r)
+        return combine((alpha, beta), (p, v)), torch.cat([gram, taming[None]]), tamed
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, bool]) -> None:
+        p, v, ctx.r, ctx.space, ctx.dims = inputs
+        ctx.tamed = output[2]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(p, v, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        p, v, scalars = ctx.saved_tensors
+        dims, taming = ctx.dims, scalars[3]
+        if ctx.tamed:
+            v = v * taming.to(v.dtype)
+        if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see how the scalars arise
+            pp, vv, pv = inner(p, p, dims), inner(v, v, dims), inner(p, v, dims)
+        else:
+            pp, vv, pv = scalars[:3]
+        k = ctx.space.exp_slopes(pp, vv, pv, ctx.r)
+        a, b = inner(grad, p, dims), inner(grad, v, dims)
+        cross = a * k.alpha_q + b * k.beta_q
+        grad_p = grad_v = None
+        if ctx.needs_input_grad[0]:
+            grad_p = combine((k.alpha, 2 * (a * k.alpha_p + b * k.beta_p), cross), (grad, p, v))
+        if ctx.needs_input_grad[1]:
+            own = 2 * (a * k.alpha_v + b * k.beta_v)
+            grad_v = combine((taming * k.beta, taming * own, taming * cross), (grad, v, p))
+        return grad_p, grad_v, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Any:
+        # One more batch dimension in front is to the formula what more points are.
+        p, v = (
+            x.movedim(d, 0) if d is not None else x.unsqueeze(0).expand(info.batch_size, *x.shape)
+            for x, d in zip((p, v), in_dims)
+        )
+        if isinstance(r, Tensor) and in_dims[2] is not None:
+            r = r.movedim(in_dims[2], 0)
+            r = r.reshape(r.shape[:1] + (1,) * (v.ndim - r.ndim) + r.shape[1:])
+        shifted = tuple(d + 1 if d >= 0 else d for d in dims)
+        return _Exp.apply(p, v, r, space, shifted), (0, 1, None)
+
+
+def _exp_plain(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Tensor:
+    """The same map in plain torch ops, for tools that trace."""
+    v = v * _taming(v, dims)
+    alpha, beta = space.exp(inner(p, p, dims), inner(v, v, dims), inner(p, v, dims), r)
+    return combine((alpha, beta), (p, v))
+
+
+def exp_map(p: Tensor, v: Tensor, radius: Radius, space: Space = ball, dims: Dims = (-1,)) -> Tensor:
+    r"""EPC_p(v) = exp_p(v), the weight of latent v seen from point p ([HBNN] Eq. 6).
+
+    Args:
+        p: points, floating, any shape that has v's size in ``dims``; inside the ball (or on the sphere).
+        v: latent weights, floating.
+        radius: r > 0, a number, or a tensor with one value a point (size 1 in ``dims``).
+        space: :mod:`hbnn_plugin.ball` or :mod:`hbnn_plugin.sphere`.
+        dims: the dimensions of one point; the others count points.
+
+    Returns:
+        Tensor of v's shape and dtype, computed in float32 or better whatever autocast says.
+    """
+    dtype = working_dtype(v.dtype)
+    p_work, v_work = p.to(dtype), v.to(dtype)
+    if torch.compiler.is_compiling():
+        return _exp_plain(p_work, v_work, radius, space, dims).to(v.dtype)
+    x: Tensor = _Exp.apply(p_work, v_work, radius, space, dims)[0]
+    return x.to(v.dtype)
+
+
+def log_map(p: Tensor, x: Tensor, radius: Radius, space: Space = ball, dims: Dims = (-1,)) -> Tensor:
+    r"""The latent v with exp_p(v) = x, the inverse of :func:`exp_map`; shapes and dtypes as there.
+
+    x must lie in the ball (on the sphere).
+    """
+    dtype = working_dtype(x.dtype)
+    p_work, x_work = p.to(dtype), x.to(dtype)
+    difference = x_work - p_work
+    a, b = space.log(
+        inner(p_work, p_work, dims),
+        inner(x_work, x_work, dims),
+        inner(p_work, x_work, dims),
+        inner(difference, difference, dims),
+        radius,
+    )
+    # a p + b x = (a + b) p + b (x − p): where x is close to p nothing cancels
+    return combine((a + b, b), (p_work, difference)).to(x.dtype)
+
+
+def mobius_add(x: Tensor, y: Tensor, radius: Radius, dims: Dims = (-1,)) -> Tensor:
+    r"""x ⊕ y in the ball, [Ganea] Eq. 2; x and y broadcast against each other outside ``dims``."""
+    return combine(ball.mobius_add(inner(x, x, dims), inner(y, y, dims), inner(x, y, dims), radius), (x, y))
+
+
+def mobius_scale(t: float | Tensor, x: Tensor, radius: Radius, dims: Dims = (-1,)) -> Tensor:
+    r"""t ⊗ x in the ball, [Ganea] Eq. 3, for √r‖x‖ < 1; t is a number or one value a point (size 1 in ``dims``)."""
+    xx = inner(x, x, dims)
+    return combine((ball.mobius_scale(torch.as_tensor(t, dtype=xx.dtype, device=xx.device), xx, radius),), (x,))

@@ -1,0 +1,58 @@
+"""Optimizers that step the points themselves, for those who prefer to see it in their training script.
+
+``ClusterSGD(model.parameters(), lr=0.1, momentum=0.9)`` does what ``torch.optim.SGD`` does to every parameter, and to the
+points what :func:`hbnn_plugin.apply` was told (with geoopt's manifolds for the Riemannian rules); the automatic stepping
+stands back. A parameter group may carry ``point_lr``, the points' learning rate as a multiple of the group's ``lr``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from .stepping import begin, end, moving_clusters
+
+__all__ = ["ClusterAdam", "ClusterAdamW", "ClusterSGD"]
+
+
+class _StepsPoints(Optimizer):
+    """Mixed in before a torch optimizer."""
+
+    steps_points_itself = True
+
+    def __init__(self, params: Any, *args: Any, point_lr: float | None = None, **kwargs: Any) -> None:
+        super().__init__(params, *args, **kwargs)
+        if not moving_clusters(self):
+            raise ValueError(
+                f"{type(self).__name__} got no latent weight with a moving point: call hbnn_plugin.apply(model) first, "
+                "and pass model.parameters()"
+            )
+        if point_lr is not None:
+            for group in self.param_groups:
+                group.setdefault("point_lr", point_lr)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of the latents (and all other parameters) and of their points."""
+        step = begin(self)
+        if step is not None and closure is None:
+            step.gather()
+        elif step is not None and closure is not None:
+            closure = step.wrap(closure)
+        loss = super().step(closure)
+        end(self)
+        return loss
+
+
+class ClusterSGD(_StepsPoints, torch.optim.SGD):
+    """torch.optim.SGD that moves the points too. ``point_lr``: their rate relative to ``lr`` (default: as applied)."""
+
+
+class ClusterAdam(_StepsPoints, torch.optim.Adam):
+    """torch.optim.Adam that moves the points too. ``point_lr``: their rate relative to ``lr`` (default: as applied)."""
+
+
+class ClusterAdamW(_StepsPoints, torch.optim.AdamW):
+    """torch.optim.AdamW that moves the points too. ``point_lr``: their rate relative to ``lr`` (default: as applied)."""

@@ -1,0 +1,248 @@
+"""The exponential parametrization cluster as a torch parametrization: latent v in, weight exp_p(v) out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from .ball import MARGIN
+from .epc import combine, exp_map, inner, log_map, mobius_scale, working_dtype
+from .scalars import Radius
+from .settings import Settings
+
+__all__ = ["EPC", "alive", "find"]
+
+_ALIVE: weakref.WeakSet[EPC] = weakref.WeakSet()
+
+_WATCHED_FORWARDS = 20
+_LATENT_MOVES_TO_WARN = 3
+
+
+def alive() -> list[EPC]:
+    """Every registered cluster of this process, deep copies included."""
+    return [epc for epc in list(_ALIVE) if epc.owner is not None]
+
+
+def find(module: nn.Module) -> dict[str, EPC]:
+    """The clusters on a module's own tensors, by tensor name."""
+    lists = getattr(module, "parametrizations", None)
+    if not isinstance(lists, nn.ModuleDict):
+        return {}
+    # the list is [EPC] as apply leaves it; somebody else may have appended to it since
+    return {name: epc for name, entries in lists.items() for epc in entries if isinstance(epc, EPC)}
+
+
+class EPC(nn.Module):
+    r"""weight = exp_p(v) with the latent v as ``original`` and one point p a filter or a layer ([HBNN] Eq. 6).
+
+    The point is a buffer, not a parameter: no optimizer can decay it, average it or count it in a norm, and nobody has to
+    put it into a parameter group. Its gradient is recovered from the latent's (:mod:`hbnn_plugin.recovery`).
+
+    Args:
+        weight: the tensor to be parametrized; gives shape, dtype, device, and the point's start.
+        settings: what the user chose.
+        shape: the weight's logical shape, where the module stores it flat; output units come first.
+        unit_dims: the dimensions of ``shape`` that count output units (filters).
+        name: what messages call this weight.
+
+    Buffers:
+        point: p, of the weight's logical shape; float32 or better.
+        scale: s of x = s·EPC(v/s), one a point, with ``relative=True``.
+        momentum: of the point, with ``point_momentum`` or Riemannian Adam; of p's shape.
+        mean_square: running mean square of the point's gradient, one a point, for Adam-like steps.
+        steps: how many steps the point has made.
+        flip_reference: the binary weight that flips are counted from, one bit a weight (:mod:`hbnn_plugin.flips`).
+    """
+
+    point: Tensor
+    scale: Tensor | None
+    momentum: Tensor | None
+    mean_square: Tensor
+    steps: Tensor
+    flip_reference: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        settings: Settings,
+        *,
+        shape: tuple[int, ...] | None = None,
+        unit_dims: tuple[int, ...] = (0,),
+        name: str = "weight",
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.name = name
+        self.shape = tuple(shape or weight.shape)
+        self.unit_dims = unit_dims
+        self.flat = self.shape != tuple(weight.shape)
+        every = tuple(range(len(self.shape)))
+        self.dims = every if settings.per == "layer" else tuple(d for d in every if d not in unit_dims)
+        self.owner: tuple[ParametrizationList] | None = None  # in a tuple, so that it is not taken for a submodule
+        self.moves = 0
+        self.reference_is_stale = False
+        self._bypass = False
+        self._watch: tuple[int, int, float | None] = (_WATCHED_FORWARDS, 0, None)
+        w = self.logical(weight.detach()).to(working_dtype(weight.dtype))
+        per_point = inner(w, w, self.dims)
+        self.register_buffer("point", torch.zeros_like(w))
+        self.register_buffer("scale", None)
+        if settings.relative:
+            self.scale = torch.where(per_point > 0, per_point.sqrt(), 1.0).to(w.dtype)
+        with_momentum = settings.point_momentum > 0 or settings.rule == "riemannian-adam"
+        self.register_buffer("momentum", torch.zeros_like(w) if with_momentum else None)
+        self.register_buffer("mean_square", torch.zeros_like(per_point, dtype=w.dtype))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=w.device))
+        self.register_buffer("flip_reference", torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8, device=w.device))
+        self.restart(weight)
+        _ALIVE.add(self)
+
+    # -- the map -----------------------------------------------------------------------------------------------------
+
+    @property
+    def radius(self) -> Radius:
+        """r in the weight's own units: x = s·EPC(v/s) is EPC in the ball of radius r/s²."""
+        if self.scale is None:
+            return self.settings.radius
+        return self.settings.radius / self.scale.double() ** 2
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """The weight exp_p(v): shape and dtype of the latent."""
+        if self.training and not torch.compiler.is_compiling() and self._watch[0]:
+            self._watch_latent(latent)
+        if self._bypass:
+            return latent
+        x = exp_map(self.point, self.logical(latent), self.radius, self.settings.geometry, self.dims)
+        return x.reshape(latent.shape) if self.flat else x
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The latent whose weight is ``weight``; outside the ball, of ``weight``'s direction at the edge, with a warning."""
+        latent, outside = self.latent_of(weight)
+        if outside:
+            edge = "on the sphere" if self.settings.space == "sphere" else "inside the ball"
+            warnings.warn(
+                f"{self.name}: the assigned weight does not lie {edge} for {outside} of {self.points} point(s) "
+                f"(radius {self.settings.radius:g}); its direction is kept and its length is not. "
+                "A smaller radius, or apply(..., relative=True), would keep both.",
+                stacklevel=4,
+            )
+        return latent
+
+    @torch.no_grad()
+    def latent_of(self, weight: Tensor) -> tuple[Tensor, int]:
+        """The latent of a weight and for how many points the weight's length could not be kept."""
+        if weight.numel() != math.prod(self.shape):
+            raise ValueError(f"{self.name}: expected a weight of shape {self.shape}, got {tuple(weight.shape)}")
+        w = self.logical(weight).to(self.point.dtype)
+        if not bool(w.isfinite().all()):
+            raise ValueError(f"{self.name}: the weight holds {int((~w.isfinite()).sum())} non-finite value(s)")
+        target, moved = self._into_space(w)
+        latent = log_map(self.point, target, self.radius, self.settings.geometry, self.dims)
+        return latent.reshape(weight.shape).to(weight.dtype), int(moved.sum())
+
+    @torch.no_grad()
+    def restart(self, weight: Tensor) -> None:
+        """Put the point at its start for this weight and forget its motion.
+
+        In the ball p = start ⊗ W: 0 is the origin, 1 the weight itself (v = 0). On the sphere it is the weight.
+        """
+        w, _ = self._into_space(self.logical(weight.detach()).to(self.point.dtype))
+        start = self.settings.start
+        if self.settings.space == "sphere" or start == 1:
+            self.point.copy_(w)
+        elif start == 0:
+            self.point.zero_()
+        else:
+            self.point.copy_(mobius_scale(start, w, self.radius, self.dims))
+        if self.momentum is not None:
+            self.momentum.zero_()
+        self.mean_square.zero_()
+        self.steps.zero_()
+
+    def _into_space(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """w with its length changed where it has to be, and a flag a point that says where."""
+        ww = inner(w, w, self.dims).clamp(min=1e-300)
+        if self.settings.space == "sphere":
+            factor = (self.radius * ww).rsqrt()
+            moved = (factor - 1).abs() > 1e-5
+        else:
+            reach = (self.radius * ww).sqrt()
+            moved = reach > 1 - MARGIN
+            factor = torch.where(moved, (1 - MARGIN) / reach, 1.0)
+        return combine((factor,), (w,)), moved
+
+    def logical(self, tensor: Tensor) -> Tensor:
+        """The tensor in the logical shape of the weight."""
+        return tensor.reshape(self.shape) if self.flat else tensor
+
+    @contextlib.contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Inside, the weight is the latent itself."""
+        self._bypass = True
+        try:
+            yield
+        finally:
+            self._bypass = False
+
+    # -- what others ask ---------------------------------------------------------------------------------------------
+
+    @property
+    def points(self) -> int:
+        """How many points the layer has."""
+        return self.mean_square.numel()
+
+    @property
+    def latent(self) -> Tensor:
+        """The latent v as the optimizer knows it."""
+        if self.owner is None:
+            raise RuntimeError(f"{self.name}: this cluster is not registered on a module")
+        latent: Tensor = self.owner[0].original
+        return latent
+
+    @torch.no_grad()
+    def reach(self) -> Tensor:
+        """√r‖p‖ of every point: 0 at the origin, 1 at the ball's edge. (On the sphere it is 1.)"""
+        return (self.radius * inner(self.point, self.point, self.dims)).sqrt().flatten()
+
+    def extra_repr(self) -> str:
+        return f"{self.settings}, points={self.points}"
+
+    def get_extra_state(self) -> Tensor:
+        """Settings and layout as JSON bytes: a tensor, so that weights_only loading and safetensors can hold it."""
+        described = {**asdict(self.settings), "shape": self.shape, "dims": self.dims}
+        return torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Checked for the whole model before anything is loaded (:mod:`hbnn_plugin.checkpoint`)."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _ALIVE.add(self)
+
+    def _watch_latent(self, latent: Tensor) -> None:
+        """Warn once when the latent trains and the point does not: some optimizers never fire torch's step hooks."""
+        left, changes, last = self._watch
+        if self.moves or self.settings.rule == "fixed" or type(latent) is not nn.Parameter:
+            self._watch = (0 if self.moves else left, changes, last)
+            return
+        fingerprint = float(latent.detach().double().sum())
+        changes += last is not None and fingerprint != last
+        self._watch = (left - 1, changes, fingerprint)
+        if changes >= _LATENT_MOVES_TO_WARN:
+            self._watch = (0, 0, None)
+            warnings.warn(
+                f"{self.name}: its latent weight has changed {changes} times and its point has not moved. The optimizer "
+                "does not fire torch's step hooks (it may skip super().__init__()). Use hbnn_plugin.ClusterSGD, "
+                "ClusterAdam or ClusterAdamW, or call hbnn_plugin.step_points(optimizer) right before its step.",
+                stacklevel=2,
+            )

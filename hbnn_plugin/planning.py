@@ -1,0 +1,130 @@
+"""What apply would do, checked and printable before anything is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
+
+from .epc import inner
+from .parametrization import find
+from .selection import Predicate, Selected, binary_convolutions, select
+from .settings import Settings
+from .tables import table
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layers that apply would take, in order; ``repr`` is a table."""
+
+    settings: Settings
+    layers: tuple[Selected, ...]
+    binarize: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def points(self, layer: Selected) -> int:
+        """How many points the layer gets."""
+        if self.settings.per == "layer":
+            return 1
+        points = 1
+        for d in layer.unit_dims:
+            points *= layer.shape[d]
+        return points
+
+    def __repr__(self) -> str:
+        rows = [
+            (s.name, type(s.module).__name__, s.tensor_name, "×".join(map(str, s.shape)), str(self.points(s)))
+            for s in self.layers
+        ]
+        title = f"EPC on {len(self.layers)} layer(s): {self.settings}"
+        if self.binarize:
+            title += f"; binarize={self.binarize!r}"
+        return table(title, ("layer", "class", "tensor", "shape", "points"), rows)
+
+
+def make_plan(model: nn.Module, settings: Settings, where: Predicate | None) -> Plan:
+    """Select and check. Raises ValueError (TypeError for a model that is none) that names every problem found."""
+    check_model(model)
+    predicate = where or binary_convolutions
+    layers: list[Selected] = []
+    problems: list[str] = []
+    for name, module, selected in select(model, predicate):
+        problem = "it has no weight tensor of its own" if selected is None else _problem(selected, settings)
+        if problem is not None:
+            problems.append(f"{name or type(module).__name__} ({type(module).__name__}): {problem}")
+        elif selected is not None:
+            layers.append(selected)
+    if problems:
+        raise ValueError("nothing was changed, because of\n  " + "\n  ".join(problems))
+    if not layers:
+        raise ValueError(_nothing_selected(model, where))
+    return Plan(settings, tuple(layers))
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is not a module, and models that are already wrapped or sharded."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        sharded = any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__)
+        if isinstance(module, (DistributedDataParallel, DataParallel)) or sharded:
+            raise ValueError(
+                f"{name or 'the model'} is wrapped in {type(module).__name__}, which would miss the latent weights' "
+                "gradients: call hbnn_plugin.apply first, wrap (or shard) afterwards"
+            )
+
+
+def _problem(selected: Selected, settings: Settings) -> str | None:
+    module, tensor_name = selected.module, selected.tensor_name
+    if tensor_name in find(module):
+        return "hbnn_plugin.apply was called on it before; fuse(model) undoes that"
+    if tensor_name in getattr(module, "parametrizations", {}):
+        owner = type(module.parametrizations[tensor_name][0]).__name__  # type: ignore[index, union-attr]
+        return f"its {tensor_name} is already parametrized by {owner}; remove that parametrization first"
+    parameter = module._parameters[tensor_name]
+    if isinstance(parameter, UninitializedParameter):
+        return f"its {tensor_name} is not initialized yet; run the lazy module once, then apply"
+    weight = selected.weight
+    if type(weight).__name__ == "DTensor":
+        return f"its {tensor_name} is already sharded; call hbnn_plugin.apply first, shard afterwards"
+    if not weight.is_floating_point():
+        return f"its {tensor_name} is {weight.dtype}, not a floating-point tensor"
+    if weight.is_meta:
+        return f"its {tensor_name} is on the meta device; materialize and initialize the model first"
+    if weight.numel() == 0:
+        return f"its {tensor_name} is empty (shape {tuple(weight.shape)})"
+    bad = int((~weight.detach().isfinite()).sum())
+    if bad:
+        return f"its {tensor_name} holds {bad} non-finite value(s) of {weight.numel()}; repair or re-initialize it"
+    if settings.space == "sphere":
+        with torch.no_grad():
+            w = weight.detach().reshape(selected.shape)
+            every = range(w.ndim)
+            dims = tuple(d for d in every if settings.per == "layer" or d not in selected.unit_dims)
+            zeros = int((inner(w, w, dims) == 0).sum())
+        if zeros:
+            return f"{zeros} of its {settings.per}s are zero, which has no place on the sphere; initialize them"
+    return None
+
+
+def _nothing_selected(model: nn.Module, where: Predicate | None) -> str:
+    classes: dict[str, int] = {}
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            classes[type(module).__name__] = classes.get(type(module).__name__, 0) + 1
+    looked_at = ", ".join(f"{n} {cls}" for cls, n in sorted(classes.items())) or "no module with parameters"
+    if where is not None:
+        asked = getattr(where, "__qualname__", repr(where))
+        return f"the predicate {asked} selected no layer of {type(model).__name__} (looked at: {looked_at})"
+    return (
+        f"found no binary convolution in {type(model).__name__} (looked at: {looked_at}). By default convolutions of a "
+        "class of your own are taken, not plain torch layers. Name the layers with where=hbnn_plugin.by_name(...) or "
+        'by_class(...), or let apply(model, binarize="1/1") binarize a full-precision model.'
+    )

@@ -1,0 +1,110 @@
+r"""The point's gradient, from the latent's.
+
+``v.grad`` is h = J_v(p, v)ᵀ G for G = ∂L/∂x. J_v is an invertible rank-2 change of a multiple of the identity, so G, and
+with it ∂L/∂p = J_pᵀ G, is a combination of p, v and h whose three coefficients follow from six inner products. A point
+therefore needs no gradient of its own, and whatever has been done to ``v.grad`` (all-reduce, unscaling, clipping,
+accumulation), being linear, has been done to the point's gradient too. A term that was added to ``v.grad`` without passing
+through the weight, such as the gradient of a penalty on the latent, is read as if it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .epc import combine, exp_map, inner
+from .parametrization import EPC
+
+__all__ = ["Recovered", "pull_back", "recover"]
+
+_ROUNDINGS = 10.0
+"""A point holds still where the map squeezes its weight's gradient to fewer than this many roundings of its dtype."""
+
+
+class Recovered(NamedTuple):
+    """Gradients at one cluster; ``valid`` is False for points that have to hold still (their gradients read 0)."""
+
+    gradient: Tensor
+    """∂L/∂p (on the sphere its tangential part), of p's shape and dtype."""
+    upstream: Tensor | None
+    """G = ∂L/∂x, if asked for."""
+    valid: Tensor
+    """One bool a point."""
+
+
+def _gram(epc: EPC, v: Tensor, h: Tensor) -> Tensor:
+    p, dims = epc.point, epc.dims
+    pairs = ((p, p), (v, v), (p, v), (h, p), (h, v), (h, h))
+    return torch.stack([inner(x, y, dims).flatten() for x, y in pairs])
+
+
+def _radii(epc: EPC, like: Tensor) -> Tensor:
+    r = epc.radius
+    return r.flatten().to(like) if isinstance(r, Tensor) else like.new_full((epc.points,), r)
+
+
+@torch.no_grad()
+def recover(
+    clusters: Sequence[EPC],
+    gradients: Sequence[Tensor],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    upstream: bool = False,
+) -> list[Recovered]:
+    """∂L/∂p of every cluster from the gradient of its latent; the scalars of all clusters are handled together.
+
+    Args:
+        clusters: whose points.
+        gradients: h = ∂L/∂v for each, of the latent's shape.
+        grad_scale: a factor that ``gradients`` still carry (torch's GradScaler with fused optimizers).
+        found_inf: nonzero where the optimizer is going to skip this step (likewise).
+        upstream: whether G is wanted as well.
+    """
+    results: dict[int, Recovered] = {}
+    order = sorted(range(len(clusters)), key=lambda i: (clusters[i].settings.space, str(clusters[i].point.device)))
+    for _, indices in groupby(order, key=lambda i: (clusters[i].settings.space, clusters[i].point.device)):
+        members = list(indices)
+        vectors = []
+        for i in members:
+            epc = clusters[i]
+            v, h = (epc.logical(t.detach()).to(epc.point.dtype) for t in (epc.latent, gradients[i]))
+            vectors.append((epc.point, v, h))
+        grams = [_gram(clusters[i], v, h) for i, (_, v, h) in zip(members, vectors)]
+        gram = torch.cat(grams, dim=1)
+        radii = torch.cat([_radii(clusters[i], gram) for i in members])
+        found = clusters[members[0]].settings.geometry.point_gradient(gram, radii)
+        sizes = [clusters[i].points for i in members]
+        eps = torch.cat([gram.new_full((n,), torch.finfo(gradients[i].dtype).eps) for i, n in zip(members, sizes)])
+        valid = found.gradient.isfinite().all(0) & found.upstream.isfinite().all(0) & (found.squeeze > _ROUNDINGS * eps)
+        unscale = gram.new_ones(())
+        if grad_scale is not None:
+            unscale = unscale / grad_scale.to(gram)
+        if found_inf is not None:
+            valid = valid & (found_inf.to(gram.device) == 0)
+        to_gradient = torch.where(valid, found.gradient, 0.0) * unscale
+        to_upstream = torch.where(valid, found.upstream, 0.0)  # keeps grad_scale: it goes back into v.grad
+        parts = zip(members, vectors, *(t.split(sizes, dim=-1) for t in (to_gradient, to_upstream, valid)))
+        for i, (p, v, h), gradient_part, upstream_part, valid_part in parts:
+            shape = clusters[i].mean_square.shape
+            mask = valid_part.reshape(shape)
+            if not h.is_cpu or not bool(valid_part.all()):  # 0 · nan is nan
+                h = torch.where(mask, h, 0.0)
+            results[i] = Recovered(
+                combine(tuple(c.reshape(shape) for c in gradient_part), (p, v, h)),
+                combine(tuple(c.reshape(shape) for c in upstream_part), (p, v, h)) if upstream else None,
+                mask,
+            )
+    return [results[i] for i in range(len(clusters))]
+
+
+def pull_back(epc: EPC, upstream: Tensor) -> Tensor:
+    """J_v(p, v)ᵀ G at the point where it is now: what ``v.grad`` would be for G = ∂L/∂x."""
+    with torch.enable_grad():
+        v = epc.logical(epc.latent.detach()).to(upstream.dtype).requires_grad_()
+        x = exp_map(epc.point, v, epc.radius, epc.settings.geometry, epc.dims)
+    return torch.autograd.grad(x, v, upstream)[0]

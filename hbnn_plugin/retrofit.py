@@ -1,0 +1,220 @@
+"""apply: put the exponential parametrization cluster on the binary layers of an existing model."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, TypeVar
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .binarize import binarize_model, plan_binarization
+from .checkpoint import install_hooks
+from .convolved import convolved_weight, is_two_valued
+from .flips import set_reference
+from .parametrization import EPC
+from .planning import Plan, check_model, make_plan
+from .selection import Predicate, Selected
+from .settings import DEFAULT_RADIUS, Settings
+from .stepping import install
+
+__all__ = ["apply", "plan"]
+
+M = TypeVar("M", bound=nn.Module)
+Space = Literal["ball", "sphere"]
+Per = Literal["layer", "filter"]
+Rule = Literal["mobius", "riemannian", "riemannian-adam", "fixed"]
+Order = Literal["simultaneous", "alternating"]
+Binarize = Literal["1/1", "1/32"]
+
+
+def _settings(space: Space, radius: float | None, start: float | None, **rest: object) -> Settings:
+    if radius is None:
+        radius = DEFAULT_RADIUS.get(space, 1.0)
+    if start is None:
+        start = 1.0 if space == "sphere" else 0.0
+    return Settings(space=space, radius=radius, start=start, **rest)  # type: ignore[arg-type]
+
+
+def plan(
+    model: nn.Module,
+    *,
+    space: Space = "ball",
+    radius: float | None = None,
+    per: Per = "filter",
+    where: Predicate | None = None,
+    binarize: Binarize | None = None,
+    rule: Rule = "mobius",
+    order: Order = "simultaneous",
+    relative: bool = False,
+    start: float | None = None,
+    point_lr: float = 1.0,
+    point_momentum: float = 0.0,
+    point_decay: float = 0.0,
+) -> Plan:
+    """What :func:`apply` would do with the same arguments, and all that would stop it; nothing is changed.
+
+    Returns:
+        The layers; its repr is a table.
+
+    Raises:
+        ValueError, TypeError: as :func:`apply`.
+    """
+    settings = _settings(
+        space,
+        radius,
+        start,
+        per=per,
+        rule=rule,
+        order=order,
+        relative=relative,
+        point_lr=point_lr,
+        point_momentum=point_momentum,
+        point_decay=point_decay,
+    )
+    if binarize is None:
+        return make_plan(model, settings, where)
+    check_model(model)
+    layers = plan_binarization(model, binarize, where)
+    inner = make_plan(model, settings, lambda module, name: name in layers)
+    return Plan(inner.settings, inner.layers, binarize)
+
+
+def apply(
+    model: M,
+    *,
+    space: Space = "ball",
+    radius: float | None = None,
+    per: Per = "filter",
+    where: Predicate | None = None,
+    binarize: Binarize | None = None,
+    rule: Rule = "mobius",
+    order: Order = "simultaneous",
+    relative: bool = False,
+    start: float | None = None,
+    point_lr: float = 1.0,
+    point_momentum: float = 0.0,
+    point_decay: float = 0.0,
+) -> M:
+    r"""Write each binary layer's weight as exp_p(v), in place, and return the model ([HBNN] Eq. 6).
+
+    The weight Parameter itself becomes the latent v, so an optimizer built before stays right. From here on the points p
+    move by themselves whenever a torch optimizer that holds the latents steps, at ``point_lr`` times the learning rate of
+    the latent's parameter group. Every layer's binary weight is at first what it was.
+
+    What the paper leaves open is an option here, and the default is our reading, chosen by measurement (README).
+
+    Args:
+        model: any model with binary layers; on any device, not yet wrapped in DDP or sharded.
+        space: ``"ball"`` (HBNN) or ``"sphere"`` (SBNN).
+        radius: r > 0; the ball ends at ‖x‖ = 1/√r. Default 0.05 for the ball, 1.0 for the sphere (Table I).
+        per: one point per output unit (``"filter"``) or one per ``"layer"``.
+        where: predicate ``(module, qualified_name) -> bool``; default: convolutions of a class of the model's own. See
+            :func:`by_name` and :func:`by_class`.
+        binarize: for a full-precision model: ``"1/1"`` (weights/activations) or ``"1/32"`` binarizes its convolutions first.
+        rule: how points move: ``"mobius"`` (Eq. 9), ``"riemannian"`` or ``"riemannian-adam"`` (geoopt's), or ``"fixed"``:
+            not at all, which is the plain Riemannian exponential map. On the sphere the first two follow the geodesic.
+        order: ``"simultaneous"``: point and latent from one gradient; ``"alternating"``: the point first, the latent's
+            gradient then re-evaluated at the new point (Algorithm 1).
+        relative: measure the radius in units of each weight's own norm at apply, x = s·EPC(v/s): every layer sits at the
+            same place in its ball, and a pretrained host's output is kept itself, not only its binary weights.
+        start: the point's start on the geodesic from the origin (0, the ball's default) to the weight (1, the sphere's).
+        point_lr: the point's learning rate as a multiple of its weight's.
+        point_momentum: heavy-ball momentum of the point.
+        point_decay: decay of the point towards the origin, p ← (1 − η·point_decay) ⊗ p.
+
+    Raises:
+        ValueError: an option out of range; nothing to select; weights that are not floating, finite, initialized, or that
+            are parametrized already; a wrapped or sharded model. The message names each layer; nothing was changed.
+        TypeError: not a module, or an option that is not a number.
+
+    Warns:
+        UserWarning: weights lay outside the ball; a selected layer does not convolve with a two-valued weight.
+    """
+    made = plan(
+        model,
+        space=space,
+        radius=radius,
+        per=per,
+        where=where,
+        binarize=binarize,
+        rule=rule,
+        order=order,
+        relative=relative,
+        start=start,
+        point_lr=point_lr,
+        point_momentum=point_momentum,
+        point_decay=point_decay,
+    )
+    names = [layer.name for layer in made.layers]
+    if binarize is not None:
+        binarize_model(model, binarize, set(names))
+        made = make_plan(model, made.settings, lambda module, name: name in names)
+    clusters = {id(s.weight): s for s in made.layers}
+    epcs = {
+        key: EPC(s.weight, made.settings, shape=s.shape, unit_dims=s.unit_dims, name=s.name) for key, s in clusters.items()
+    }
+    outside = {s.name: epcs[key].latent_of(s.weight)[1] for key, s in clusters.items()}
+    first: dict[int, Selected] = {}
+    for s in made.layers:
+        key = id(s.weight)
+        if key in first:
+            _tie(s, first[key])
+        else:
+            first[key] = s
+            _register(s, epcs[key])
+    install_hooks(model, [s.module for s in made.layers])
+    install()
+    not_binary = [s.name for s in made.layers if not _start_counting(s)]
+    _warn_about(outside, not_binary, made)
+    return model
+
+
+def _register(layer: Selected, epc: EPC) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weights outside the ball are reported for all layers together
+        parametrize.register_parametrization(layer.module, layer.tensor_name, epc)
+    lists = layer.module.parametrizations
+    epc.owner = (lists[layer.tensor_name],)  # type: ignore[index, operator]
+
+
+class _Identity(nn.Module):
+    """Holds the place until the shared list takes it; without right_inverse it leaves the tied latent alone."""
+
+    def forward(self, x: object) -> object:
+        return x
+
+
+def _tie(layer: Selected, first: Selected) -> None:
+    """Let a tied weight share latent and point: registering again would take the inverse of the latent."""
+    parametrize.register_parametrization(layer.module, layer.tensor_name, _Identity())
+    lists, shared = layer.module.parametrizations, first.module.parametrizations
+    assert isinstance(lists, nn.ModuleDict) and isinstance(shared, nn.ModuleDict)
+    lists[layer.tensor_name] = shared[first.tensor_name]
+
+
+def _start_counting(layer: Selected) -> bool:
+    """Set the flip reference; False if the layer's forward convolves with a weight that is not two-valued."""
+    lists = layer.module.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    epc = lists[layer.tensor_name][0]  # type: ignore[index]
+    set_reference(layer.module, layer.tensor_name, epc)
+    convolved = convolved_weight(layer.module, epc.shape, layer.weight)
+    return convolved is None or is_two_valued(convolved)
+
+
+def _warn_about(outside: dict[str, int], not_binary: list[str], made: Plan) -> None:
+    displaced = {name: n for name, n in outside.items() if n}
+    if displaced and made.settings.space == "ball":
+        warnings.warn(
+            f"{sum(displaced.values())} point(s) of {', '.join(displaced)} start at the edge of the ball: the weight's norm "
+            f"is beyond 1/√radius = {made.settings.radius**-0.5:.3g}. Its direction, so its binary value, is kept; its "
+            "gradient is small there. per='filter', a smaller radius, or relative=True avoids that.",
+            stacklevel=3,
+        )
+    if not_binary:
+        warnings.warn(
+            f"{', '.join(not_binary)}: the forward does not convolve with a two-valued weight, so this may not be a binary "
+            "layer; leave it out with where=... if it should stay real-valued.",
+            stacklevel=3,
+        )

@@ -1,0 +1,159 @@
+r"""How a point moves, given its gradient g = ∂L/∂p and its learning rate η.
+
+* ``mobius``: p ← p ⊕ ((−η) ⊗ g), [HBNN] Eq. 9; on the sphere, where that step moves nothing, p ← exp_p(−η g_tangent).
+* ``riemannian``: geoopt's RiemannianSGD (without dampening or Nesterov): g is turned into the Riemannian gradient, the point
+  follows its geodesic, momentum is transported along.
+* ``riemannian-adam``: geoopt's RiemannianAdam with betas (0.9, 0.999) and eps 1e-8.
+* ``fixed``: not at all.
+
+Under an optimizer of Adam's kind (its group has ``betas``) the weights move by about η a coordinate however large their
+gradient is. For the first two rules g is then divided by the running root mean square of its coordinates, one number a
+point, with the group's own β₂ and eps, so that the point's coordinates move by about η too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ball import MARGIN
+from .epc import inner, mobius_scale
+from .parametrization import EPC
+
+__all__ = ["Move", "move"]
+
+_ADAM_BETAS = (0.9, 0.999)
+_ADAM_EPS = 1e-8
+
+
+class Move(NamedTuple):
+    """One cluster's step to be made."""
+
+    epc: EPC
+    gradient: Tensor
+    """∂L/∂p; overwritten."""
+    valid: Tensor
+    """One bool a point: whether it may move."""
+    lr: float | Tensor
+    """η."""
+    group: dict[str, Any]
+    """The parameter group of the latent."""
+
+
+@torch.no_grad()
+def move(moves: Sequence[Move]) -> None:
+    """Make the steps."""
+    for step in moves:
+        epc, g = step.epc, step.gradient
+        epc.steps += 1
+        epc.moves += 1
+        settings = epc.settings
+        before = None if step.valid.is_cpu and bool(step.valid.all()) else epc.point.clone()
+        if settings.point_decay:
+            epc.point.copy_(mobius_scale(1 - step.lr * settings.point_decay, epc.point, epc.radius, epc.dims))
+        if settings.rule == "riemannian-adam":
+            _riemannian_adam(epc, g, step.lr)
+        else:
+            if "betas" in step.group:
+                _divide_by_rms(epc, g, step.group)
+            if settings.rule == "mobius":
+                _mobius(epc, g, step.lr)
+            else:
+                _riemannian(epc, g, step.lr)
+        if before is not None:
+            epc.point.copy_(torch.where(step.valid, epc.point, before))
+
+
+def _divide_by_rms(epc: EPC, g: Tensor, group: dict[str, Any]) -> None:
+    """g / (√m̂ + eps) in place, m the running mean square of g's coordinates with the group's β₂."""
+    beta = float(group["betas"][1])
+    mean_square = (inner(g, g, epc.dims) * (epc.points / g.numel())).to(epc.mean_square.dtype)
+    epc.mean_square.lerp_(mean_square, 1 - beta)
+    corrected = epc.mean_square / (1 - beta ** epc.steps.to(epc.mean_square.dtype))
+    g.div_(corrected.sqrt().add_(float(group.get("eps", _ADAM_EPS))))
+
+
+def _accumulate(epc: EPC, g: Tensor) -> Tensor:
+    """Heavy-ball momentum in the coordinates of p, as torch.optim.SGD has it."""
+    if epc.momentum is None:
+        return g
+    return epc.momentum.mul_(epc.settings.point_momentum).add_(g)
+
+
+def _mobius(epc: EPC, g: Tensor, lr: float | Tensor) -> None:
+    p, dims = epc.point, epc.dims
+    direction = _accumulate(epc, g)
+    pp, pg, gg = inner(p, p, dims), inner(p, direction, dims), inner(direction, direction, dims)
+    eta = torch.as_tensor(lr, dtype=pp.dtype, device=pp.device)
+    a, b = epc.settings.geometry.point_step(pp, pg, gg, eta, epc.radius)
+    p.mul_(a.to(p.dtype)).addcmul_(b.to(p.dtype), direction)
+    if epc.momentum is not None and epc.settings.space == "sphere":
+        # the step was taken along the tangential part; keep what is tangential at the new point
+        radial = epc.radius * inner(p, epc.momentum, dims)
+        epc.momentum.addcmul_(radial.to(p.dtype), p, value=-1)
+
+
+def _flatten(epc: EPC, tensor: Tensor) -> Tensor:
+    """(points, coordinates), as geoopt's manifolds want their last dimension."""
+    kept = [d for d in range(tensor.ndim) if d not in epc.dims]
+    return tensor.permute(*kept, *epc.dims).reshape(epc.points, -1)
+
+
+def _unflatten(epc: EPC, rows: Tensor) -> Tensor:
+    shape = epc.point.shape
+    kept = [d for d in range(len(shape)) if d not in epc.dims]
+    order = [*kept, *epc.dims]
+    inverse = [order.index(d) for d in range(len(shape))]
+    return rows.reshape([shape[d] for d in order]).permute(inverse)
+
+
+class _OnManifold:
+    """p, g and m as geoopt sees them: the point is √r p, on the manifold of radius 1; tangent vectors keep p's units."""
+
+    def __init__(self, epc: EPC, g: Tensor) -> None:
+        self.epc = epc
+        radius = epc.radius
+        root = radius.sqrt().reshape(-1, 1) if isinstance(radius, Tensor) else torch.tensor(radius).double().sqrt()
+        self.root = root.to(g)
+        self.manifold = epc.settings.geometry.manifold().to(g)
+        self.point = self.root * _flatten(epc, epc.point)
+        self.gradient = self.manifold.egrad2rgrad(self.point, _flatten(epc, g))
+        self.momentum = None if epc.momentum is None else _flatten(epc, epc.momentum)
+
+    def follow(self, direction: Tensor, lr: float | Tensor) -> None:
+        """Follow the geodesic along −η·direction and carry the momentum along."""
+        step = -lr * self.root * direction
+        if self.momentum is None:
+            point = self.manifold.retr(self.point, step)
+        else:
+            point, momentum = self.manifold.retr_transp(self.point, step, self.momentum)
+            assert self.epc.momentum is not None
+            self.epc.momentum.copy_(_unflatten(self.epc, momentum))
+        if self.epc.settings.space == "ball":
+            norm = point.norm(dim=-1, keepdim=True)
+            point = point * ((1 - MARGIN) / norm.clamp(min=1e-30)).clamp(max=1.0)
+        self.epc.point.copy_(_unflatten(self.epc, point / self.root))
+
+
+def _riemannian(epc: EPC, g: Tensor, lr: float | Tensor) -> None:
+    on = _OnManifold(epc, g)
+    if on.momentum is None:
+        on.follow(on.gradient, lr)
+    else:
+        on.momentum = epc.settings.point_momentum * on.momentum + on.gradient
+        on.follow(on.momentum, lr)
+
+
+def _riemannian_adam(epc: EPC, g: Tensor, lr: float | Tensor) -> None:
+    on = _OnManifold(epc, g)
+    assert on.momentum is not None
+    beta1, beta2 = _ADAM_BETAS
+    on.momentum = beta1 * on.momentum + (1 - beta1) * on.gradient
+    square = on.manifold.component_inner(on.point, on.gradient)
+    epc.mean_square.lerp_(square[:, :1].reshape(epc.mean_square.shape), 1 - beta2)
+    steps = epc.steps.to(g.dtype)
+    denominator = epc.mean_square.reshape(-1, 1).div(1 - beta2**steps).sqrt().add(_ADAM_EPS)
+    on.follow(on.momentum / (1 - beta1**steps) / denominator, lr)

@@ -1,0 +1,48 @@
+"""Types that the spaces' formulas share: everything in them is one number a point."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import geoopt
+from torch import Tensor
+
+__all__ = ["PointGradient", "Radius", "Slopes", "Space"]
+
+Radius = float | Tensor
+"""The radius r: one for the layer, or one a point, broadcastable against the inner products."""
+
+
+class Slopes(NamedTuple):
+    """x = α p + β v, and the partial derivatives of α and β by P = ⟨p,p⟩, V = ⟨v,v⟩ and Q = ⟨p,v⟩."""
+
+    alpha: Tensor
+    beta: Tensor
+    alpha_p: Tensor
+    alpha_v: Tensor
+    alpha_q: Tensor
+    beta_p: Tensor
+    beta_v: Tensor
+    beta_q: Tensor
+
+
+class PointGradient(NamedTuple):
+    """What h = ∂L/∂v reveals, each as coefficients in the basis (p, v, h), shape (3, points)."""
+
+    gradient: Tensor
+    """∂L/∂p."""
+    upstream: Tensor
+    """G = ∂L/∂x."""
+    squeeze: Tensor
+    """(points,) how much smaller h is than it would be for the identity map in its most squeezed direction."""
+
+
+class Space(Protocol):
+    """What :mod:`hbnn_plugin.ball` and :mod:`hbnn_plugin.sphere` provide, as modules of formulas."""
+
+    def exp(self, pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> tuple[Tensor, Tensor]: ...
+    def exp_slopes(self, pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> Slopes: ...
+    def log(self, pp: Tensor, xx: Tensor, px: Tensor, dd: Tensor, r: Radius) -> tuple[Tensor, Tensor]: ...
+    def point_gradient(self, gram: Tensor, r: Radius) -> PointGradient: ...
+    def point_step(self, pp: Tensor, pg: Tensor, gg: Tensor, step: Tensor, r: Radius) -> tuple[Tensor, Tensor]: ...
+    def manifold(self) -> geoopt.manifolds.base.Manifold: ...
