@@ -1,7 +1,8 @@
-"""Hyperbolic binary neural networks as a drop-in: the exponential parametrization cluster (EPC) on any model's binary layers.
+"""Hyperbolic binary neural networks as a drop-in, for any model with binary layers.
 
-``hbnn_plugin.apply(model)`` writes each binary weight as the exponential map of a latent weight on a Poincaré ball, at a point
-that moves during training (Hyperbolic Binary Neural Network, arXiv 2501.03471). The training loop stays as it is.
+``hbnn_plugin.apply(model)`` writes each binary weight as the exponential map of a latent weight on a Poincaré ball, at
+a point that moves during training (Hyperbolic Binary Neural Network, arXiv 2501.03471). The training loop stays as it
+is.
 """
 
 from . import ball, sphere
@@ -16,6 +17,7 @@ from .planning import Plan
 from .retrofit import apply, plan
 from .selection import binary_convolutions, by_class, by_name
 from .stepping import step_points
+from .version import __version__ as __version__
 
 __all__ = [
     "EPC",
@@ -43,5 +45,3 @@ __all__ = [
     "sphere",
     "step_points",
 ]
-
-__version__ = "0.1.0"

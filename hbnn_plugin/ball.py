@@ -2,8 +2,9 @@ r"""The Poincaré ball D_r = {x : r‖x‖² < 1}, as formulas on inner products
 
 Every map on the ball takes vectors to linear combinations of those same vectors, with coefficients that depend on their
 inner products alone. So this module never sees a weight tensor: it takes inner products (one number a point, float64)
-and returns coefficients; :mod:`hbnn_plugin.epc` does the few passes over the weights. ``r`` is what the HBNN paper calls
-the radius (Ganea's curvature c): the edge lies at ‖x‖ = 1/√r. An argument ``xy`` stands for the inner product ⟨x, y⟩.
+and returns coefficients; :mod:`hbnn_plugin.epc` does the few passes over the weights. ``r`` is what the HBNN paper
+calls the radius (Ganea's curvature c): the edge lies at ‖x‖ = 1/√r. An argument ``xy`` stands for the inner product
+⟨x, y⟩.
 
 References:
     [HBNN] Hyperbolic Binary Neural Network, arXiv 2501.03471: Eq. 6 (EPC), Eq. 9 (the point's step).
@@ -123,7 +124,10 @@ def log(pp: Tensor, xx: Tensor, px: Tensor, dd: Tensor, r: Radius) -> tuple[Tens
 
 
 def mobius_add(xx: Tensor, yy: Tensor, xy: Tensor, r: Radius) -> tuple[Tensor, Tensor]:
-    r"""Coefficients (a, b) of x ⊕ y = a x + b y = [(1 + 2r⟨x,y⟩ + r‖y‖²) x + (1 − r‖x‖²) y]/[1 + 2r⟨x,y⟩ + r²‖x‖²‖y‖²]."""
+    r"""Coefficients (a, b) of x ⊕ y = a x + b y.
+
+    x ⊕ y = [(1 + 2r⟨x,y⟩ + r‖y‖²) x + (1 − r‖x‖²) y]/[1 + 2r⟨x,y⟩ + r²‖x‖²‖y‖²], [Ganea] Eq. 2.
+    """
     d = (1 + 2 * r * xy + r * r * xx * yy).clamp(min=1e-24)
     return (1 + 2 * r * xy + r * yy) / d, (1 - r * xx) / d
 
@@ -140,7 +144,8 @@ def point_gradient(gram: Tensor, r: Radius) -> PointGradient:
     r"""∂L/∂p from h = ∂L/∂v: h is an invertible rank-2 change of βG, G = ∂L/∂x.
 
     With a = ⟨G,p⟩ and b = ⟨G,v⟩, h = βG + c_v v + c_p p (c_v = 2(a α_V + b β_V), c_p = a α_Q + b β_Q). Taking the inner
-    products of h with p and v gives two equations for a and b; then G and ∂L/∂p = αG + 2(a α_P + b β_P) p + c_p v follow.
+    products of h with p and v gives two equations for a and b; then G and ∂L/∂p = αG + 2(a α_P + b β_P) p + c_p v
+    follow.
 
     Args:
         gram: (6, points), the inner products pp, vv, pv, hp, hv, hh in this order.
@@ -183,5 +188,8 @@ def point_step(pp: Tensor, pg: Tensor, gg: Tensor, step: Tensor, r: Radius) -> t
 
 
 def manifold() -> geoopt.PoincareBallExact:
-    """geoopt's ball of radius r = 1, the home of √r p: its exponential map, not its projected retraction, moves points."""
+    """geoopt's ball of radius r = 1, the home of √r p.
+
+    The exact one: its retraction is the exponential map, PoincareBall's is a sum and a projection.
+    """
     return geoopt.PoincareBallExact(c=1.0)

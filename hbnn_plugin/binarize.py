@@ -34,11 +34,12 @@ class _StraightThroughSign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (inside,) = ctx.saved_tensors
-        return grad * inside
+        masked: Tensor = grad * inside
+        return masked
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any], x: Tensor) -> Any:
-        return _StraightThroughSign.apply(x), in_dims[0]
+        return sign(x), in_dims[0]
 
 
 def sign(x: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def sign(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # the same in plain ops, which compilers fuse
         clipped = x.clamp(-1, 1)
         return clipped + (torch.where(x >= 0, 1.0, -1.0).to(x.dtype) - clipped).detach()
-    result: Tensor = _StraightThroughSign.apply(x)
+    result: Tensor = _StraightThroughSign.apply(x)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -58,7 +59,7 @@ class Sign(nn.Module):
 
 
 class BinaryConv2d(nn.Conv2d):
-    """nn.Conv2d with weight α sign(w), and sign activations if ``sign_input`` is not None. Keys as nn.Conv2d has them."""
+    """nn.Conv2d with weight α sign(w), and sign activations if ``sign_input`` is not None. Keys as nn.Conv2d's."""
 
     sign_input: Sign | None
 
@@ -85,14 +86,15 @@ class BinaryConv2d(nn.Conv2d):
             if self.training and not self._warned and not torch.compiler.is_compiling():
                 self._check_input(x)
             x = self.sign_input(x)
-        return self._conv_forward(x, self.binary_weight(), self.bias)
+        result: Tensor = self._conv_forward(x, self.binary_weight(), self.bias)
+        return result
 
     def _check_input(self, x: Tensor) -> None:
         self._warned = True
         if x.numel() and bool((x >= 0).all()):
             warnings.warn(
-                "a binarized convolution's input is never negative, so every activation becomes +1: is there a functional "
-                "relu in front of it? binarize='1/1' can only replace nn.ReLU modules; use nn.Hardtanh() there.",
+                "a binarized convolution's input is never negative, so every activation becomes +1: is there a "
+                "functional relu in front of it? binarize='1/1' replaces nn.ReLU modules only: use nn.Hardtanh().",
                 stacklevel=4,
             )
 
@@ -127,8 +129,9 @@ def plan_binarization(model: nn.Module, binarize: str, where: Predicate | None) 
         chosen = {n for n, m in convolutions if n not in kept and not _is_shortcut(n, m)}
     if not chosen:
         raise ValueError(
-            f"binarize={binarize!r} found no convolution to binarize in {type(model).__name__}: it has {len(convolutions)} "
-            "nn.Conv2d, of which the first, a last one and 1×1 shortcuts stay as they are; name others with where=..."
+            f"binarize={binarize!r} found no convolution to binarize in {type(model).__name__}: it has "
+            f"{len(convolutions)} nn.Conv2d, of which the first, a last one and 1×1 "
+            "shortcuts stay as they are; name others with where=..."
         )
     return chosen
 
@@ -151,7 +154,7 @@ def binarize_model(model: nn.Module, binarize: str, names: set[str]) -> None:
 
 @torch.no_grad()
 def fuse_binarized(model: nn.Module) -> None:
-    """Turn every plain :class:`BinaryConv2d` into nn.Conv2d (1/32) or :class:`SignConv2d` (1/1) of equal output, in place."""
+    """Turn every :class:`BinaryConv2d` into nn.Conv2d (1/32) or :class:`SignConv2d` (1/1) of equal output, in place."""
     for module in model.modules():
         if type(module) is BinaryConv2d:
             module.weight.copy_(module.binary_weight())

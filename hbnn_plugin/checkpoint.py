@@ -95,7 +95,7 @@ def _renew_reference(module: nn.Module, _: Any) -> None:
 
 @torch.no_grad()
 def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """An applied model's state_dict under the host's own keys, each weight mapped: it loads, strictly, into a plain model.
+    """An applied model's state_dict under the host's own keys, for loading, strictly, into a plain model.
 
     Args:
         state_dict: of an applied model (a plain one passes unchanged). Not modified.

@@ -1,7 +1,7 @@
 """What a layer's forward really convolves with: the host's binary weight, captured rather than assumed.
 
-Hosts derive their binary weight from ``self.weight`` in their own way (IR-Net: sign(w − mean); SiMaN: a split by magnitude).
-The layer is run once on a small input and the weight argument of its convolution is kept.
+Hosts derive their binary weight from ``self.weight`` in their own way (IR-Net: sign(w − mean); SiMaN: a split by
+magnitude). The layer is run once on a small input and the weight argument of its convolution is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["binary_value", "convolved_weight", "is_two_valued", "pack_bits", "unpack_bits"]
 
 _CONVOLUTIONS: frozenset[Callable[..., Any]] = frozenset(
-    {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, torch.convolution}
+    {
+        F.conv1d,
+        F.conv2d,
+        F.conv3d,
+        F.conv_transpose1d,
+        F.conv_transpose2d,
+        F.conv_transpose3d,
+        F.linear,
+        torch.convolution,
+    }
 )
 
 

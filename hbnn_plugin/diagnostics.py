@@ -44,7 +44,14 @@ class ClusterReport(Mapping[str, LayerClusters]):
 
     def __repr__(self) -> str:
         rows = [
-            (name, str(x.points), str(x.steps), f"{x.mean_reach:.4f}", f"{x.reach:.4f}", f"{100 * x.disagreement:.2f} %")
+            (
+                name,
+                str(x.points),
+                str(x.steps),
+                f"{x.mean_reach:.4f}",
+                f"{x.reach:.4f}",
+                f"{100 * x.disagreement:.2f} %",
+            )
             for name, x in self.items()
         ]
         header = ("layer", "points", "steps", "mean √r‖p‖", "max √r‖p‖", "binary weight ≠ latent's")

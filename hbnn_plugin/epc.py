@@ -1,15 +1,15 @@
 r"""The exponential parametrization cluster (EPC, [HBNN] Eq. 6) on weight tensors: x = exp_p(v), and its inverse.
 
-:mod:`hbnn_plugin.ball` and :mod:`hbnn_plugin.sphere` reduce the map to x = αp + βv with one α and one β a point. What is
-left are passes over the weights, and this file is about making few of them:
+:mod:`hbnn_plugin.ball` and :mod:`hbnn_plugin.sphere` reduce the map to x = αp + βv with one α and one β a point. What
+is left are passes over the weights, and this file is about making few of them:
 
 * forward: three inner products, one combination.
 * backward, with a = ⟨G,p⟩ and b = ⟨G,v⟩ for G = ∂L/∂x:
   ∂L/∂v = βG + 2(a α_V + b β_V) v + (a α_Q + b β_Q) p, and likewise ∂L/∂p.
 
 The scalars are float64 (they are one a point), the passes run in float32 or better, the result has the weight's dtype.
-In eager mode this is one autograd function; under ``torch.compile`` and ``torch.export`` it is the same formula in plain
-torch ops, which those tools fuse themselves.
+In eager mode this is one autograd function; under ``torch.compile`` and ``torch.export`` it is the same formula in
+plain torch ops, which those tools fuse themselves.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ def combine(coefficients: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> Te
     dtype = vectors[0].dtype
     result = coefficients[0].to(dtype) * vectors[0]
     for coefficient, vector in zip(coefficients[1:], vectors[1:]):
-        result.addcmul_(coefficient.to(dtype), vector)
+        if torch.is_grad_enabled():  # autograd or functorch watches: no writing over what it may have kept
+            result = torch.addcmul(result, coefficient.to(dtype), vector)
+        else:
+            result.addcmul_(coefficient.to(dtype), vector)
     return result
 
 
@@ -67,12 +70,12 @@ class _Exp(torch.autograd.Function):
     def forward(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> tuple[Tensor, Tensor, bool]:
         gram = torch.stack([inner(p, p, dims), inner(v, v, dims), inner(p, v, dims)])
         taming = torch.ones_like(gram[0])
-        tamed = not (v.is_cpu and bool(gram.isfinite().all()))  # elsewhere, looking would cost a synchronisation
+        tamed = not (v.is_cpu and bool((gram.abs() < 1e200).all()))  # elsewhere, looking would cost a synchronisation
         if tamed:
             taming = _taming(v, dims).to(gram.dtype)
             v = v * taming.to(v.dtype)
             gram = torch.stack([inner(p, p, dims), inner(v, v, dims), inner(p, v, dims)])
-        alpha, beta = space.exp(*gram, r)
+        alpha, beta = space.exp(gram[0], gram[1], gram[2], r)
         return combine((alpha, beta), (p, v)), torch.cat([gram, taming[None]]), tamed
 
     @staticmethod
@@ -114,7 +117,7 @@ class _Exp(torch.autograd.Function):
             r = r.movedim(in_dims[2], 0)
             r = r.reshape(r.shape[:1] + (1,) * (v.ndim - r.ndim) + r.shape[1:])
         shifted = tuple(d + 1 if d >= 0 else d for d in dims)
-        return _Exp.apply(p, v, r, space, shifted), (0, 1, None)
+        return _Exp.apply(p, v, r, space, shifted), (0, 1, None)  # type: ignore[no-untyped-call]
 
 
 def _exp_plain(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Tensor:
@@ -141,7 +144,7 @@ def exp_map(p: Tensor, v: Tensor, radius: Radius, space: Space = ball, dims: Dim
     p_work, v_work = p.to(dtype), v.to(dtype)
     if torch.compiler.is_compiling():
         return _exp_plain(p_work, v_work, radius, space, dims).to(v.dtype)
-    x: Tensor = _Exp.apply(p_work, v_work, radius, space, dims)[0]
+    x: Tensor = _Exp.apply(p_work, v_work, radius, space, dims)[0]  # type: ignore[no-untyped-call]
     return x.to(v.dtype)
 
 

@@ -37,7 +37,9 @@ class FlipRatio(Mapping[str, float]):
 
     def __repr__(self) -> str:
         rows = [(name, str(self.weights[name]), str(self.flips[name]), f"{100 * self[name]:.2f} %") for name in self]
-        rows.append(("total", str(sum(self.weights.values())), str(sum(self.flips.values())), f"{100 * self.total:.2f} %"))
+        rows.append(
+            ("total", str(sum(self.weights.values())), str(sum(self.flips.values())), f"{100 * self.total:.2f} %")
+        )
         return table("flip ratio since the reference", ("layer", "weights", "flips", "ratio"), rows)
 
 
@@ -49,7 +51,9 @@ def applied_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, EPC]]:
         for tensor_name, epc in clusters.items():
             found[name if len(clusters) == 1 else f"{name}.{tensor_name}"] = (module, tensor_name, epc)
     if not found:
-        raise ValueError(f"{type(model).__name__} has no exponential parametrization: call hbnn_plugin.apply(model) first")
+        raise ValueError(
+            f"{type(model).__name__} has no exponential parametrization: call hbnn_plugin.apply(model) first"
+        )
     return found
 
 

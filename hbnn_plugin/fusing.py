@@ -21,14 +21,15 @@ M = TypeVar("M", bound=nn.Module)
 def fuse(model: M) -> M:
     """Make an applied model plain again, in place, and return it.
 
-    Every weight becomes exp_p(v) as it is now, in the very Parameter object that held the latent (optimizers and ties keep
-    it), under the host's own state_dict keys, in the host's own classes. Layers that ``binarize`` made come to hold their
-    ±scale as weight, in ``nn.Conv2d``, behind a small sign module where activations are binary.
+    Every weight becomes exp_p(v) as it is now, in the very Parameter object that held the latent (optimizers and ties
+    keep it), under the host's own state_dict keys, in the host's own classes. Layers that ``binarize`` made come to
+    hold their ±scale as weight, in ``nn.Conv2d``, behind a small sign module where activations are binary.
 
     Fusing a deepcopy leaves the original working.
 
     Raises:
-        ValueError: the model was never applied, is fused already, or a weight is not finite (named; nothing is changed).
+        ValueError: the model was never applied, is fused already, or a weight is not finite (named; nothing is
+            changed).
     """
     layers = applied_layers(model)
     for name, (module, tensor_name, _) in layers.items():
@@ -48,7 +49,7 @@ def fuse(model: M) -> M:
 
 
 def _remove_parametrization(module: nn.Module, tensor_name: str) -> None:
-    """torch's remove_parametrizations deletes the property from the class that deepcopies share; this gives up the class."""
+    """Unlike torch's remove_parametrizations, leave the injected class, which deepcopies share, as it is."""
     lists = module.parametrizations
     assert isinstance(lists, nn.ModuleDict)
     del lists[tensor_name]
@@ -61,7 +62,7 @@ def _remove_parametrization(module: nn.Module, tensor_name: str) -> None:
         module.__class__ = type(injected.__name__, injected.__bases__, rest)
 
 
-def _restore_parameter(module: nn.Module, tensor_name: str, parameter: torch.Tensor) -> None:
+def _restore_parameter(module: nn.Module, tensor_name: str, parameter: nn.Parameter) -> None:
     """Register the parameter where torch's layers have it: first, in front of the bias."""
     parameters = OrderedDict([(tensor_name, parameter), *module._parameters.items()])
     module._parameters.clear()

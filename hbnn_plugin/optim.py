@@ -1,8 +1,9 @@
 """Optimizers that step the points themselves, for those who prefer to see it in their training script.
 
-``ClusterSGD(model.parameters(), lr=0.1, momentum=0.9)`` does what ``torch.optim.SGD`` does to every parameter, and to the
-points what :func:`hbnn_plugin.apply` was told (with geoopt's manifolds for the Riemannian rules); the automatic stepping
-stands back. A parameter group may carry ``point_lr``, the points' learning rate as a multiple of the group's ``lr``.
+``ClusterSGD(model.parameters(), lr=0.1, momentum=0.9)`` does what ``torch.optim.SGD`` does to every parameter, and to
+the points what :func:`hbnn_plugin.apply` was told (with geoopt's manifolds for the Riemannian rules); the automatic
+stepping stands back. A parameter group may carry ``point_lr``, the points' learning rate as a multiple of the group's
+``lr``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class _StepsPoints(Optimizer):
             for group in self.param_groups:
                 group.setdefault("point_lr", point_lr)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the latents (and all other parameters) and of their points."""
         step = begin(self)
         if step is not None and closure is None:
@@ -47,12 +48,12 @@ class _StepsPoints(Optimizer):
 
 
 class ClusterSGD(_StepsPoints, torch.optim.SGD):
-    """torch.optim.SGD that moves the points too. ``point_lr``: their rate relative to ``lr`` (default: as applied)."""
+    """torch.optim.SGD that moves the points too; ``point_lr`` is relative to ``lr`` (default: as applied)."""
 
 
 class ClusterAdam(_StepsPoints, torch.optim.Adam):
-    """torch.optim.Adam that moves the points too. ``point_lr``: their rate relative to ``lr`` (default: as applied)."""
+    """torch.optim.Adam that moves the points too; ``point_lr`` is relative to ``lr`` (default: as applied)."""
 
 
 class ClusterAdamW(_StepsPoints, torch.optim.AdamW):
-    """torch.optim.AdamW that moves the points too. ``point_lr``: their rate relative to ``lr`` (default: as applied)."""
+    """torch.optim.AdamW that moves the points too; ``point_lr`` is relative to ``lr`` (default: as applied)."""

@@ -39,14 +39,14 @@ def find(module: nn.Module) -> dict[str, EPC]:
     if not isinstance(lists, nn.ModuleDict):
         return {}
     # the list is [EPC] as apply leaves it; somebody else may have appended to it since
-    return {name: epc for name, entries in lists.items() for epc in entries if isinstance(epc, EPC)}
+    return {name: epc for name, entries in lists.items() for epc in entries.children() if isinstance(epc, EPC)}
 
 
 class EPC(nn.Module):
     r"""weight = exp_p(v) with the latent v as ``original`` and one point p a filter or a layer ([HBNN] Eq. 6).
 
-    The point is a buffer, not a parameter: no optimizer can decay it, average it or count it in a norm, and nobody has to
-    put it into a parameter group. Its gradient is recovered from the latent's (:mod:`hbnn_plugin.recovery`).
+    The point is a buffer, not a parameter: no optimizer can decay it, average it or count it in a norm, and nobody has
+    to put it into a parameter group. Its gradient is recovered from the latent's (:mod:`hbnn_plugin.recovery`).
 
     Args:
         weight: the tensor to be parametrized; gives shape, dtype, device, and the point's start.
@@ -126,7 +126,7 @@ class EPC(nn.Module):
         return x.reshape(latent.shape) if self.flat else x
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The latent whose weight is ``weight``; outside the ball, of ``weight``'s direction at the edge, with a warning."""
+        """The latent whose weight is ``weight``; outside the ball, its direction at the edge, with a warning."""
         latent, outside = self.latent_of(weight)
         if outside:
             edge = "on the sphere" if self.settings.space == "sphere" else "inside the ball"
@@ -202,11 +202,11 @@ class EPC(nn.Module):
         return self.mean_square.numel()
 
     @property
-    def latent(self) -> Tensor:
+    def latent(self) -> nn.Parameter:
         """The latent v as the optimizer knows it."""
         if self.owner is None:
             raise RuntimeError(f"{self.name}: this cluster is not registered on a module")
-        latent: Tensor = self.owner[0].original
+        latent: nn.Parameter = self.owner[0].original  # type: ignore[assignment]
         return latent
 
     @torch.no_grad()
@@ -226,7 +226,7 @@ class EPC(nn.Module):
         """Checked for the whole model before anything is loaded (:mod:`hbnn_plugin.checkpoint`)."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         _ALIVE.add(self)
 
     def _watch_latent(self, latent: Tensor) -> None:
@@ -241,8 +241,9 @@ class EPC(nn.Module):
         if changes >= _LATENT_MOVES_TO_WARN:
             self._watch = (0, 0, None)
             warnings.warn(
-                f"{self.name}: its latent weight has changed {changes} times and its point has not moved. The optimizer "
-                "does not fire torch's step hooks (it may skip super().__init__()). Use hbnn_plugin.ClusterSGD, "
-                "ClusterAdam or ClusterAdamW, or call hbnn_plugin.step_points(optimizer) right before its step.",
+                f"{self.name}: its latent weight has changed {changes} times and its point has not moved. The "
+                "optimizer does not fire torch's step hooks (it may skip super().__init__()). Use "
+                "hbnn_plugin.ClusterSGD, ClusterAdam or ClusterAdamW, "
+                "or call hbnn_plugin.step_points(optimizer) right before its step.",
                 stacklevel=2,
             )

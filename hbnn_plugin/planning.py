@@ -86,7 +86,7 @@ def _problem(selected: Selected, settings: Settings) -> str | None:
     if tensor_name in find(module):
         return "hbnn_plugin.apply was called on it before; fuse(model) undoes that"
     if tensor_name in getattr(module, "parametrizations", {}):
-        owner = type(module.parametrizations[tensor_name][0]).__name__  # type: ignore[index, union-attr]
+        owner = type(module.parametrizations[tensor_name][0]).__name__  # type: ignore[index]
         return f"its {tensor_name} is already parametrized by {owner}; remove that parametrization first"
     parameter = module._parameters[tensor_name]
     if isinstance(parameter, UninitializedParameter):

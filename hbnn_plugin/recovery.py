@@ -1,10 +1,10 @@
 r"""The point's gradient, from the latent's.
 
-``v.grad`` is h = J_v(p, v)ᵀ G for G = ∂L/∂x. J_v is an invertible rank-2 change of a multiple of the identity, so G, and
-with it ∂L/∂p = J_pᵀ G, is a combination of p, v and h whose three coefficients follow from six inner products. A point
-therefore needs no gradient of its own, and whatever has been done to ``v.grad`` (all-reduce, unscaling, clipping,
-accumulation), being linear, has been done to the point's gradient too. A term that was added to ``v.grad`` without passing
-through the weight, such as the gradient of a penalty on the latent, is read as if it had.
+``v.grad`` is h = J_v(p, v)ᵀ G for G = ∂L/∂x. J_v is an invertible rank-2 change of a multiple of the identity, so G,
+and with it ∂L/∂p = J_pᵀ G, is a combination of p, v and h whose three coefficients follow from six inner products. A
+point therefore needs no gradient of its own, and whatever has been done to ``v.grad`` (all-reduce, unscaling, clipping,
+accumulation), being linear, has been done to the point's gradient too. A term that was added to ``v.grad`` without
+passing through the weight, such as the gradient of a penalty on the latent, is read as if it had.
 """
 
 from __future__ import annotations
@@ -92,11 +92,10 @@ def recover(
         for i, (p, v, h), gradient_part, upstream_part, valid_part in parts:
             shape = clusters[i].mean_square.shape
             mask = valid_part.reshape(shape)
-            if not h.is_cpu or not bool(valid_part.all()):  # 0 · nan is nan
-                h = torch.where(mask, h, 0.0)
+            clean = h if h.is_cpu and bool(valid_part.all()) else torch.where(mask, h, 0.0)  # 0 · nan is nan
             results[i] = Recovered(
-                combine(tuple(c.reshape(shape) for c in gradient_part), (p, v, h)),
-                combine(tuple(c.reshape(shape) for c in upstream_part), (p, v, h)) if upstream else None,
+                combine(tuple(c.reshape(shape) for c in gradient_part), (p, v, clean)),
+                combine(tuple(c.reshape(shape) for c in upstream_part), (p, v, clean)) if upstream else None,
                 mask,
             )
     return [results[i] for i in range(len(clusters))]

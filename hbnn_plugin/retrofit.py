@@ -12,7 +12,7 @@ from .binarize import binarize_model, plan_binarization
 from .checkpoint import install_hooks
 from .convolved import convolved_weight, is_two_valued
 from .flips import set_reference
-from .parametrization import EPC
+from .parametrization import EPC, find
 from .planning import Plan, check_model, make_plan
 from .selection import Predicate, Selected
 from .settings import DEFAULT_RADIUS, Settings
@@ -98,9 +98,9 @@ def apply(
 ) -> M:
     r"""Write each binary layer's weight as exp_p(v), in place, and return the model ([HBNN] Eq. 6).
 
-    The weight Parameter itself becomes the latent v, so an optimizer built before stays right. From here on the points p
-    move by themselves whenever a torch optimizer that holds the latents steps, at ``point_lr`` times the learning rate of
-    the latent's parameter group. Every layer's binary weight is at first what it was.
+    The weight Parameter itself becomes the latent v, so an optimizer built before stays right. From here on the points
+    p move by themselves whenever a torch optimizer that holds the latents steps, at ``point_lr`` times the learning
+    rate of the latent's parameter group. Every layer's binary weight is at first what it was.
 
     What the paper leaves open is an option here, and the default is our reading, chosen by measurement (README).
 
@@ -111,21 +111,25 @@ def apply(
         per: one point per output unit (``"filter"``) or one per ``"layer"``.
         where: predicate ``(module, qualified_name) -> bool``; default: convolutions of a class of the model's own. See
             :func:`by_name` and :func:`by_class`.
-        binarize: for a full-precision model: ``"1/1"`` (weights/activations) or ``"1/32"`` binarizes its convolutions first.
-        rule: how points move: ``"mobius"`` (Eq. 9), ``"riemannian"`` or ``"riemannian-adam"`` (geoopt's), or ``"fixed"``:
-            not at all, which is the plain Riemannian exponential map. On the sphere the first two follow the geodesic.
+        binarize: for a full-precision model: ``"1/1"`` (weights/activations) or ``"1/32"`` binarizes its convolutions
+            first.
+        rule: how points move: ``"mobius"`` (Eq. 9), ``"riemannian"`` or ``"riemannian-adam"`` (geoopt's), or
+            ``"fixed"``: not at all, which is the plain Riemannian exponential map. On the sphere the first two follow
+            the geodesic.
         order: ``"simultaneous"``: point and latent from one gradient; ``"alternating"``: the point first, the latent's
             gradient then re-evaluated at the new point (Algorithm 1).
-        relative: measure the radius in units of each weight's own norm at apply, x = s·EPC(v/s): every layer sits at the
-            same place in its ball, and a pretrained host's output is kept itself, not only its binary weights.
-        start: the point's start on the geodesic from the origin (0, the ball's default) to the weight (1, the sphere's).
+        relative: measure the radius in units of each weight's own norm at apply, x = s·EPC(v/s): every layer sits at
+            the same place in its ball, and a pretrained host's output is kept itself, not only its binary weights.
+        start: the point's start on the geodesic from the origin (0, the ball's default) to the weight (1, the
+            sphere's).
         point_lr: the point's learning rate as a multiple of its weight's.
         point_momentum: heavy-ball momentum of the point.
         point_decay: decay of the point towards the origin, p ← (1 − η·point_decay) ⊗ p.
 
     Raises:
-        ValueError: an option out of range; nothing to select; weights that are not floating, finite, initialized, or that
-            are parametrized already; a wrapped or sharded model. The message names each layer; nothing was changed.
+        ValueError: an option out of range; nothing to select; weights that are not floating, finite, initialized, or
+            that are parametrized already; a wrapped or sharded model. The message names each layer; nothing was
+            changed.
         TypeError: not a module, or an option that is not a number.
 
     Warns:
@@ -152,7 +156,8 @@ def apply(
         made = make_plan(model, made.settings, lambda module, name: name in names)
     clusters = {id(s.weight): s for s in made.layers}
     epcs = {
-        key: EPC(s.weight, made.settings, shape=s.shape, unit_dims=s.unit_dims, name=s.name) for key, s in clusters.items()
+        key: EPC(s.weight, made.settings, shape=s.shape, unit_dims=s.unit_dims, name=s.name)
+        for key, s in clusters.items()
     }
     outside = {s.name: epcs[key].latent_of(s.weight)[1] for key, s in clusters.items()}
     first: dict[int, Selected] = {}
@@ -174,8 +179,7 @@ def _register(layer: Selected, epc: EPC) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # weights outside the ball are reported for all layers together
         parametrize.register_parametrization(layer.module, layer.tensor_name, epc)
-    lists = layer.module.parametrizations
-    epc.owner = (lists[layer.tensor_name],)  # type: ignore[index, operator]
+    epc.owner = (_parametrizations(layer)[layer.tensor_name],)  # type: ignore[assignment]
 
 
 class _Identity(nn.Module):
@@ -188,16 +192,18 @@ class _Identity(nn.Module):
 def _tie(layer: Selected, first: Selected) -> None:
     """Let a tied weight share latent and point: registering again would take the inverse of the latent."""
     parametrize.register_parametrization(layer.module, layer.tensor_name, _Identity())
-    lists, shared = layer.module.parametrizations, first.module.parametrizations
-    assert isinstance(lists, nn.ModuleDict) and isinstance(shared, nn.ModuleDict)
-    lists[layer.tensor_name] = shared[first.tensor_name]
+    _parametrizations(layer)[layer.tensor_name] = _parametrizations(first)[first.tensor_name]
+
+
+def _parametrizations(layer: Selected) -> nn.ModuleDict:
+    lists = layer.module.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    return lists
 
 
 def _start_counting(layer: Selected) -> bool:
     """Set the flip reference; False if the layer's forward convolves with a weight that is not two-valued."""
-    lists = layer.module.parametrizations
-    assert isinstance(lists, nn.ModuleDict)
-    epc = lists[layer.tensor_name][0]  # type: ignore[index]
+    epc = find(layer.module)[layer.tensor_name]
     set_reference(layer.module, layer.tensor_name, epc)
     convolved = convolved_weight(layer.module, epc.shape, layer.weight)
     return convolved is None or is_two_valued(convolved)
@@ -207,14 +213,14 @@ def _warn_about(outside: dict[str, int], not_binary: list[str], made: Plan) -> N
     displaced = {name: n for name, n in outside.items() if n}
     if displaced and made.settings.space == "ball":
         warnings.warn(
-            f"{sum(displaced.values())} point(s) of {', '.join(displaced)} start at the edge of the ball: the weight's norm "
-            f"is beyond 1/√radius = {made.settings.radius**-0.5:.3g}. Its direction, so its binary value, is kept; its "
-            "gradient is small there. per='filter', a smaller radius, or relative=True avoids that.",
+            f"{sum(displaced.values())} point(s) of {', '.join(displaced)} start at the edge of the ball: the weight's "
+            f"norm is beyond 1/√radius = {made.settings.radius**-0.5:.3g}. Its direction, so its binary value, is "
+            "kept; its gradient is small there. per='filter', a smaller radius, or relative=True avoids that.",
             stacklevel=3,
         )
     if not_binary:
         warnings.warn(
-            f"{', '.join(not_binary)}: the forward does not convolve with a two-valued weight, so this may not be a binary "
-            "layer; leave it out with where=... if it should stay real-valued.",
+            f"{', '.join(not_binary)}: the forward does not convolve with a two-valued weight, so this may not be a "
+            "binary layer; leave it out with where=... if it should stay real-valued.",
             stacklevel=3,
         )

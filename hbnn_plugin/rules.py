@@ -1,8 +1,8 @@
 r"""How a point moves, given its gradient g = ∂L/∂p and its learning rate η.
 
 * ``mobius``: p ← p ⊕ ((−η) ⊗ g), [HBNN] Eq. 9; on the sphere, where that step moves nothing, p ← exp_p(−η g_tangent).
-* ``riemannian``: geoopt's RiemannianSGD (without dampening or Nesterov): g is turned into the Riemannian gradient, the point
-  follows its geodesic, momentum is transported along.
+* ``riemannian``: geoopt's RiemannianSGD (without dampening or Nesterov): g is turned into the Riemannian gradient, the
+  point follows its geodesic, momentum is transported along.
 * ``riemannian-adam``: geoopt's RiemannianAdam with betas (0.9, 0.999) and eps 1e-8.
 * ``fixed``: not at all.
 
@@ -111,7 +111,7 @@ def _unflatten(epc: EPC, rows: Tensor) -> Tensor:
 
 
 class _OnManifold:
-    """p, g and m as geoopt sees them: the point is √r p, on the manifold of radius 1; tangent vectors keep p's units."""
+    """p, g and m as geoopt sees them: the point is √r p, on the manifold of radius 1; tangents keep p's units."""
 
     def __init__(self, epc: EPC, g: Tensor) -> None:
         self.epc = epc

@@ -16,13 +16,15 @@ __all__ = ["Predicate", "Selected", "binary_convolutions", "by_class", "by_name"
 Predicate = Callable[[nn.Module, str], bool]
 
 _LIBRARIES = frozenset(
-    "torch torchvision torchao timm peft transformers diffusers detectron2 mmcv mmengine mmdet mmseg loralib geoopt "
-    "lightning pytorch_lightning accelerate monai kornia fastai segmentation_models_pytorch brevitas".split()
+    """
+    torch torchvision torchao timm peft transformers diffusers detectron2 mmcv mmengine mmdet mmseg loralib geoopt
+    lightning pytorch_lightning accelerate monai kornia fastai segmentation_models_pytorch brevitas
+    """.split()  # noqa: SIM905
 )
 """Their convolution classes standardize, adapt or wrap a weight; none of them binarizes it by being what it is."""
 
 _CONVOLUTION_NAMES = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d _conv_forward".split()
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d _conv_forward".split()  # noqa: SIM905
 )
 
 
@@ -47,8 +49,8 @@ class Selected(NamedTuple):
 def binary_convolutions(module: nn.Module, name: str) -> bool:
     """The default predicate: convolutions of a class of the host's own.
 
-    That is a subclass of torch's convolutions that is neither torch's nor a well-known library's, or a module of a class
-    of the host's own whose forward calls a convolution with a parameter of its own (also one stored flat).
+    That is a subclass of torch's convolutions that is neither torch's nor a well-known library's, or a module of a
+    class of the host's own whose forward calls a convolution with a parameter of its own (also one stored flat).
     """
     cls = _own_class(module)
     if cls.__module__.split(".")[0] in _LIBRARIES:
@@ -119,7 +121,11 @@ def _declared_shape(module: nn.Module) -> tuple[int, ...] | None:
 def _weight_of(module: nn.Module) -> str | None:
     """The name of the module's own weight: ``weight``, or else its only parameter of two dimensions or more."""
     parametrized = list(getattr(module, "parametrizations", {}))
-    own = [n for n, p in module._parameters.items() if isinstance(p, UninitializedParameter) or (p is not None and p.ndim >= 2)]
+    own = [
+        n
+        for n, p in module._parameters.items()
+        if isinstance(p, UninitializedParameter) or (p is not None and p.ndim >= 2)
+    ]
     candidates = parametrized + own
     if "weight" in candidates:
         return "weight"

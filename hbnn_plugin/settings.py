@@ -60,11 +60,15 @@ class Settings:
         if self.point_momentum == 1:
             raise ValueError("point_momentum must be below 1")
         if self.space == "sphere" and self.start != 1:
-            raise ValueError(f"the sphere has no origin to start from: start must be 1 (the weight), not {self.start!r}")
+            raise ValueError(
+                f"the sphere has no origin to start from: start must be 1 (the weight), not {self.start!r}"
+            )
         if self.space == "sphere" and self.point_decay:
             raise ValueError("point_decay shrinks a point towards the origin, which the sphere does not have")
         if self.space == "ball" and self.relative and self.radius >= 1:
-            raise ValueError(f"relative=True places each weight at √radius of the ball's edge: radius must be below 1, not {self.radius!r}")
+            raise ValueError(
+                f"relative=True puts each weight at √radius of the edge: radius must be below 1, not {self.radius!r}"
+            )
 
     @property
     def geometry(self) -> Space:
@@ -72,7 +76,9 @@ class Settings:
         return _SPACES[self.space]
 
     def __str__(self) -> str:
-        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name in ("space", "radius", "per", "rule")]
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name in ("space", "radius", "per", "rule")
+        ]
         shown += [
             f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)

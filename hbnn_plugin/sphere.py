@@ -1,4 +1,5 @@
-r"""The sphere S_r = {x : r‖x‖² = 1}, the ball's boundary, as formulas on inner products (compare :mod:`hbnn_plugin.ball`).
+r"""The sphere S_r = {x : r‖x‖² = 1}, the ball's boundary, as formulas on inner products (compare
+:mod:`hbnn_plugin.ball`).
 
 Here SBNN works. A latent v is any Euclidean vector; its part v⊥ = v − r⟨p,v⟩p in the tangent space at p is what counts.
 The exponential map wraps once √r‖v⊥‖ > π and is no diffeomorphism there.
@@ -42,7 +43,7 @@ def exp(pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> tuple[Tensor, Tensor]:
 
 
 def exp_slopes(pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> Slopes:
-    """α = cos t − srQ and β = s = sin(t)/t and their partial derivatives; P = 1/r is constant, its derivatives are 0."""
+    """α = cos t − srQ and β = s = sin(t)/t and their partial derivatives; P = 1/r is constant: no derivative by P."""
     y = (r * vv - (r * pv) ** 2).clamp(min=0.0)
     cos, s, slope = _sin_ratio(y)
     zero = torch.zeros_like(y)

@@ -1,9 +1,9 @@
 """Points step whenever an optimizer that holds their latents steps.
 
-torch calls global hooks before and after every ``Optimizer.step``. Before it, the points' gradients are recovered from the
-latents' (:mod:`hbnn_plugin.recovery`); after it, once the optimizer has succeeded, the points move
-(:mod:`hbnn_plugin.rules`). Order ``"alternating"`` instead moves the points first and rewrites ``latent.grad`` to what it
-would be at the new points (Algorithm 1 of [HBNN], with the upstream gradient at hand).
+torch calls global hooks before and after every ``Optimizer.step``. Before it, the points' gradients are recovered from
+the latents' (:mod:`hbnn_plugin.recovery`); after it, once the optimizer has succeeded, the points move
+(:mod:`hbnn_plugin.rules`). Order ``"alternating"`` instead moves the points first and rewrites ``latent.grad`` to what
+it would be at the new points (Algorithm 1 of [HBNN], with the upstream gradient at hand).
 
 * A closure is wrapped: its first evaluation gives the gradients.
 * Of nested steps (SAM, ZeroRedundancyOptimizer, wrappers) the innermost that sees a latent moves its point, once.
@@ -12,6 +12,7 @@ would be at the new points (Algorithm 1 of [HBNN], with the upstream gradient at
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,6 @@ from .rules import Move, move
 __all__ = ["PointStep", "install", "moving_clusters", "step_points"]
 
 _open = threading.local()
-_installed = False
 
 
 def moving_clusters(optimizer: Optimizer) -> list[tuple[EPC, dict[str, Any]]]:
@@ -179,10 +179,8 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         end(optimizer)
 
 
+@functools.cache
 def install() -> None:
     """Register the global hooks, once a process; :func:`hbnn_plugin.apply` calls this."""
-    global _installed
-    if not _installed:
-        register_optimizer_step_pre_hook(_before)
-        register_optimizer_step_post_hook(_after)
-        _installed = True
+    register_optimizer_step_pre_hook(_before)
+    register_optimizer_step_post_hook(_after)

@@ -1,0 +1,82 @@
+"""SiMaN: Sign-to-Magnitude Network Binarization (TPAMI 2022, arXiv:2102.07981).
+
+The binary weight is found from the magnitudes: the angle between latent and binary weight is smallest when the larger
+half of a filter's |w| becomes 1 and the rest 0. As deployed, b in {0, 1} is stored and 2b - 1 is convolved with:
+
+    forward          w' = clip(w - mean(w)),   ŵ = (w' - mean(w')) / √(var(w') + ε),
+                     b = 1 where |ŵ| is above the filter's median, 0 elsewhere,   binary weight = 2b - 1
+    pseudo-gradient  that of |ŵ|; identity through the clip
+
+The clip keeps magnitudes between the layer's P-th and (100 - P)-th percentile, P falling from 15 to 0. The authors'
+code writes the clipped weight back into the parameter in every forward. Here it stays a function of the latent weight,
+with the identity as its gradient: the latent is moved by the optimizer alone, and the weight may be parametrized.
+
+Activations are standardized over each sample, then
+
+    forward          sign(a)
+    pseudo-gradient  2 - |2a| for |a| < 1, zero elsewhere
+
+The output is multiplied by a learned scale a channel, which starts at mean|w|. No weight decay acts on the latent
+weights: it would hold them at a Laplacian and bar the maximal entropy of the binary values. The authors freeze b in
+evaluation; here it is recomputed, and so always belongs to the weights as stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hosts.common import BinaryConv, QuadraticSign, centre, variance
+
+__all__ = ["BinaryConv2d", "set_progress"]
+
+PERCENT_START = 15.0
+EPS = 1e-5
+
+
+class BinaryConv2d(BinaryConv):
+    """SiMaN's convolution; see the module's docstring for forward and pseudo-gradient. ``percent`` is a buffer."""
+
+    percent: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias)
+        self.scale = nn.Parameter(self.weight.detach().abs().mean((1, 2, 3)).view(-1, 1, 1))
+        self.register_buffer("percent", torch.tensor(PERCENT_START))
+
+    def binary_weight(self) -> Tensor:
+        weight = centre(self.weight)
+        weight = centre(weight + (self._clip(weight.detach()) - weight.detach()))
+        magnitude = (weight * (variance(weight) + EPS).rsqrt()).abs()
+        rows = magnitude.detach().flatten(1)
+        larger = (rows > rows.median(dim=1, keepdim=True).values).view(magnitude.shape)
+        split = torch.where(larger, 1.0, -1.0).to(magnitude)
+        # magnitude - magnitude is an exact zero: only its gradient stays.
+        return split + (magnitude - magnitude.detach())
+
+    def _clip(self, weight: Tensor) -> Tensor:
+        magnitude = weight.abs()
+        share = self.percent / 100
+        low, high = torch.quantile(magnitude.flatten(), torch.stack([share, 1 - share]))
+        return magnitude.clamp(low, high).copysign(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One group is one sample: group_norm standardizes it, in one pass and in any memory format.
+        binary_x = QuadraticSign.apply(F.group_norm(x, 1, eps=EPS))  # type: ignore[no-untyped-call]
+        return F.conv2d(binary_x, self.binary_weight(), self.bias, self.stride, self.padding) * self.scale
+
+
+def set_progress(model: nn.Module, progress: float) -> None:
+    """Lower the percentile at which weights are clipped from 15 to 0."""
+    for module in model.modules():
+        if isinstance(module, BinaryConv2d):
+            module.percent.fill_(PERCENT_START * (1 - progress))

@@ -1,0 +1,143 @@
+"""One training loop for every example: SGD with momentum, cosine learning rate, cross-entropy."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from flips import MEAN
+from hosts import binary_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flips import FlipMeter
+    from hosts import Host
+    from images import Images
+
+__all__ = ["Progress", "Recipe", "accuracy", "fit", "make_optimizer", "predict", "progress_bar"]
+
+EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a run that changes its numbers, apart from model and data."""
+
+    epochs: int = 120
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    seed: int = 0
+
+    def learning_rate(self, epoch: int) -> float:
+        """Cosine from ``lr`` towards zero, constant within an epoch."""
+        return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+
+
+@dataclass
+class Progress:
+    """How far a run has come: the next batch to train on, the sums of the epoch so far, a record of each epoch done."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_optimizer(model: nn.Module, host: Host, recipe: Recipe) -> torch.optim.SGD:
+    """SGD; a host that wants no weight decay on its latent weights gets a group of parameters without."""
+    latent = {id(p) for _, layer in binary_layers(model) for p in layer.parameters() if p.dim() == layer.weight.dim()}
+    undecayed = set() if host.decays_latent else latent
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in undecayed], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) in undecayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD([g for g in groups if g["params"]], lr=recipe.lr, momentum=recipe.momentum)
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    host: Host,
+    train: Images,
+    test: Images,
+    recipe: Recipe,
+    meter: FlipMeter,
+    bar: tqdm,
+    progress: Progress | None = None,
+    checkpoint: Callable[[Progress], None] | None = None,
+    checkpoint_every: int | None = None,
+) -> Progress:
+    """Train from ``progress`` to the last epoch; test and record after each.
+
+    ``checkpoint`` is called after each epoch, and within one after every ``checkpoint_every`` steps.
+    """
+    progress = progress or Progress()
+    steps = train.steps(recipe.batch_size)
+    while progress.epoch < recipe.epochs:
+        host.set_progress(model, progress.epoch / recipe.epochs)
+        rate = recipe.learning_rate(progress.epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        model.train()
+        clock = time.perf_counter() - progress.seconds
+        # Summed on the device: reading the loss in every step would make a GPU wait.
+        loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float32, device=train.labels.device)
+        for images, labels in train.epoch(recipe.seed, progress.epoch, recipe.batch_size, progress.step):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            loss_sum += loss.detach()
+            progress.step += 1
+            bar.update()
+            if checkpoint and checkpoint_every and progress.step % checkpoint_every == 0 and progress.step < steps:
+                progress.loss_sum, progress.seconds = loss_sum.item(), time.perf_counter() - clock
+                checkpoint(progress)
+        record = {
+            "epoch": progress.epoch + 1,
+            "lr": rate,
+            "train_loss": loss_sum.item() / steps,
+            "test_accuracy": accuracy(model, test),
+            "flip_ratio": meter.ratios(model)[MEAN],
+            "seconds": round(time.perf_counter() - clock, 3),
+        }
+        if not math.isfinite(record["train_loss"]):
+            raise FloatingPointError(
+                f"The training loss is {record['train_loss']} in epoch {record['epoch']}. Try a smaller learning rate."
+            )
+        progress = Progress(epoch=progress.epoch + 1, history=[*progress.history, record])
+        bar.set_postfix(loss=f"{record['train_loss']:.3f}", test=f"{record['test_accuracy']:.1%}")
+        if checkpoint:
+            checkpoint(progress)
+    return progress
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Images) -> Tensor:
+    """Logits of a whole set, in evaluation mode."""
+    model.eval()
+    return torch.cat([model(batch) for batch, _ in images.batches(EVALUATION_BATCH)])
+
+
+def accuracy(model: nn.Module, images: Images) -> float:
+    """Share of images classified correctly."""
+    return int((predict(model, images).argmax(1) == images.labels).sum()) / len(images)
+
+
+def progress_bar(title: str, total: int, done: int = 0) -> tqdm:
+    """A bar that says what is left."""
+    return tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True)
