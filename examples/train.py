@@ -19,6 +19,7 @@ from torch import nn
 
 import checkpoints
 import cifar
+import hbnn_plugin
 from flips import MEAN, FlipMeter, comparison
 from hosts import HOSTS, get_host
 from hosts.networks import NETWORKS
@@ -78,8 +79,6 @@ def run(args: argparse.Namespace, cluster: dict[str, Any]) -> dict[str, Any]:
     if args.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if args.hbnn:
-        import hbnn_plugin  # here, so that bare runs do not need it
-
         hbnn_plugin.apply(model, **cluster)
     optimizer = make_optimizer(model, host, recipe)
     # Built from the seed, the model is at its start here, whether or not a checkpoint is loaded next.
@@ -143,8 +142,6 @@ def _report(
     print(f"\nTest accuracy after epoch {progress.epoch}: {result['test_accuracy']:.2%}\n")
     print(comparison({args.host: flips}))
     if args.hbnn:
-        import hbnn_plugin
-
         report = hbnn_plugin.cluster_report(model)
         result["cluster"] = {
             name: {key: getattr(layer, key) for key in ("reach", "mean_reach", "disagreement")}

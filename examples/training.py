@@ -99,7 +99,7 @@ def fit(
         for images, labels in train.epoch(recipe.seed, progress.epoch, recipe.batch_size, progress.step):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             loss_sum += loss.detach()
             progress.step += 1

@@ -14,26 +14,29 @@ from torch import Tensor, nn
 from hbnn_plugin.parametrization import EPC, find
 
 
-class _Sign(torch.autograd.Function):
-    """sign with sign(0) = +1 and the identity as its gradient."""
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(value: Tensor, latent: Tensor) -> Tensor:
+        return value.clone()
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def straight_through(value: Tensor, latent: Tensor) -> Tensor:
+    """``value`` to the last bit, with the identity as its gradient to ``latent``."""
+    result: Tensor = _StraightThrough.apply(value.detach(), latent)
+    return result
 
 
 def ste_sign(x: Tensor) -> Tensor:
-    """Straight-through sign, two-valued to the last bit."""
-    result: Tensor = _Sign.apply(x)
-    return result
+    """Straight-through sign, sign(0) = +1."""
+    return straight_through(torch.where(x >= 0, 1.0, -1.0).to(x.dtype), x)
 
 
 def standardized(w: Tensor, eps: float = 0.0) -> Tensor:
@@ -75,20 +78,18 @@ class SimanConv(HostConv):
 
     def binary_weight(self) -> Tensor:
         magnitude = standardized(self.weight, eps=1e-5).abs()
-        median = magnitude.detach().flatten(1).median(1).values.reshape(-1, *[1] * (magnitude.ndim - 1))
-        # the median itself belongs to the lower half: an offset as small as any gap would do
-        b = ((magnitude > median).to(magnitude.dtype) - magnitude).detach() + magnitude
-        return self.coded(b.round() - b.detach() + b if b.requires_grad else b.round())
+        median = magnitude.detach().flatten(1).median(1).values.reshape(-1, 1, 1, 1)
+        return self.coded(straight_through((magnitude > median).to(magnitude.dtype), magnitude))
 
     def coded(self, b: Tensor) -> Tensor:
-        return ste_sign(b - 0.5)
+        return 2 * b - 1
 
 
 class SimanZeroOneConv(SimanConv):
     """SiMaN's training code: {0, 1}."""
 
     def coded(self, b: Tensor) -> Tensor:
-        return (ste_sign(b - 0.5) + 1) / 2
+        return b
 
 
 class ScaledConv(HostConv):
