@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def digits() -> tuple[Images, Images]:
-    """The 1797 digits of scikit-learn, 8 × 8 pixels; the last 450 test, which other people wrote than the first."""
+    """The 1797 digits of scikit-learn, 8 × 8 pixels; the last 450 are for testing."""
     data = load_digits()
     pixels = (torch.from_numpy(data.images) * (255 / 16)).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(data.target).long()

@@ -1,4 +1,4 @@
-"""The map: EPC on the ball and the sphere, its inverse and its gradients, against geoopt, mpmath and torch's gradcheck."""
+"""The map on the ball and the sphere, its inverse and its gradients, against geoopt, mpmath and torch's gradcheck."""
 
 from __future__ import annotations
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from geoopt_loop import train_with_geoopt
-from hosts import get_host
-from hosts.networks import resnet8
-from tiny_hosts import SmoothConv, TinyNet
 from torch import nn
 
 import hbnn_plugin
+from geoopt_loop import train_with_geoopt
 from hbnn_plugin.parametrization import find
+from hosts import get_host
+from hosts.networks import resnet8
+from tiny_hosts import SmoothConv, TinyNet
 
 STEPS = 5
 

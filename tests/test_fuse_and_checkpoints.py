@@ -1,0 +1,398 @@
+"""Back to plain models, and checkpoints in every direction."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from tiny_hosts import (
+    BINARY_LAYERS,
+    HOSTS,
+    HardBinaryConv,
+    IrConv,
+    ScaledConv,
+    SimanConv,
+    TinyNet,
+    batch,
+    clusters,
+    loss_of,
+    points,
+    same_state,
+    state,
+    tiny_net,
+    train,
+)
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import SGD, Adam
+
+import hbnn_plugin
+from hbnn_plugin import by_name
+from hbnn_plugin.convolved import pack_bits
+
+GEOMETRIES = [
+    {"space": space, "per": per, "relative": relative}
+    for space, per, relative in itertools.product(("ball", "sphere"), ("filter", "layer"), (False, True))
+]
+each_geometry = pytest.mark.parametrize("options", GEOMETRIES, ids=lambda o: "-".join(map(str, o.values())))
+each_host = pytest.mark.parametrize("host", HOSTS, ids=lambda h: h.__name__)
+
+
+def applied(host: Any = IrConv, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> TinyNet:
+    return hbnn_plugin.apply(tiny_net(host, seed, dtype), **options)
+
+
+def trained(host: Any = IrConv, seed: int = 0, **options: Any) -> TinyNet:
+    net = applied(host, seed, **options)
+    train(net, SGD(net.parameters(), lr=1.0, momentum=0.9), 2)
+    return net.eval()
+
+
+def saved(obj: Any) -> Any:
+    """Through a file, without pickle's powers."""
+    file = io.BytesIO()
+    torch.save(obj, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def output(net: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return net.eval()(batch(9)[0].to(next(net.parameters()).dtype))
+
+
+def binary_now(net: TinyNet) -> dict[str, Tensor]:
+    return {name: net.get_submodule(name).binary_weight().detach().flatten() > 0 for name in BINARY_LAYERS}
+
+
+# -- fuse ------------------------------------------------------------------------------------------------------------------
+
+
+@each_geometry
+@each_host
+def test_fuse_gives_back_the_host(host: Any, options: dict[str, Any]) -> None:
+    net, plain = tiny_net(host), tiny_net(host)
+    identities = {name: id(p) for name, p in net.named_parameters()}
+    hbnn_plugin.apply(net, **options)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    train(net, optimizer, 2)
+    expected = output(net)
+    latent = {name: epc.latent.detach().clone() for name, epc in clusters(net).items()}
+    assert hbnn_plugin.fuse(net) is net
+    assert torch.equal(output(net), expected)
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert [type(m) for m in net.modules()] == [type(m) for m in plain.modules()]
+    assert [name for name, _ in net.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert {name: id(p) for name, p in net.named_parameters()} == identities
+    weight = next(p for p in net.conv1.parameters() if p.ndim > 1)
+    assert weight.shape == latent["conv1"].shape
+    assert not torch.equal(weight, latent["conv1"])
+    for module, other in zip(net.modules(), plain.modules()):
+        for hooks in ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_forward_pre_hooks"):
+            assert len(getattr(module, hooks)) == len(getattr(other, hooks))
+    plain.load_state_dict(net.state_dict())
+    assert torch.equal(output(plain), expected)
+    torch.save(net, io.BytesIO())
+    net.train()
+    train(net, optimizer, 1)  # the optimizer trains on, as a plain host's would
+    assert not torch.equal(output(net), expected)
+
+
+@each_host
+def test_fusing_a_copy_leaves_the_original_working(host: Any) -> None:
+    net, reference = trained(host), trained(host)
+    before = state(net)
+    fused = hbnn_plugin.fuse(copy.deepcopy(net))
+    assert torch.equal(output(fused), output(net))
+    assert same_state(state(net), before)
+    for model in (net, reference):
+        model.train()
+        train(model, SGD(model.parameters(), lr=0.1), 2, first=2)
+    assert same_state(state(net), state(reference))
+    assert not clusters(fused)
+    hbnn_plugin.fuse(net)
+    assert not torch.equal(output(net), output(fused))
+    assert torch.equal(output(fused), output(trained(host)))
+
+
+def test_a_fused_model_can_be_applied_again() -> None:
+    net = trained()
+    expected = output(net)
+    hbnn_plugin.apply(hbnn_plugin.fuse(net), space="sphere")
+    assert torch.equal(output(net), expected)
+    assert hbnn_plugin.flip_ratio(net).total == 0
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_somebody_elses_parametrization_of_the_bias_stays(first: str) -> None:
+    net = tiny_net()
+    bias = net.conv1.bias.detach().clone()
+    if first == "theirs":
+        parametrize.register_parametrization(net.conv1, "bias", Doubled())
+    hbnn_plugin.apply(net)
+    if first == "ours":
+        parametrize.register_parametrization(net.conv1, "bias", Doubled())
+    train(net, SGD(net.parameters(), lr=0.1), 2)
+    expected = output(net)
+    other = copy.deepcopy(net)
+    hbnn_plugin.fuse(net)
+    assert torch.equal(output(net), expected)
+    assert torch.equal(output(other), expected)
+    assert parametrize.is_parametrized(net.conv1, "bias")
+    assert not parametrize.is_parametrized(net.conv1, "weight")
+    assert not torch.equal(net.conv1.bias, bias)
+    net.conv1.bias = bias
+    assert torch.equal(net.conv1.bias, bias)
+    parametrize.remove_parametrizations(net.conv1, "bias")
+    assert type(net.conv1) is IrConv
+    assert torch.equal(net.conv1.bias, bias)
+    train(other.train(), SGD(other.parameters(), lr=0.1), 1)
+
+
+def test_fuse_refuses_a_weight_that_is_not_finite() -> None:
+    net = trained()
+    clusters(net)["conv2"].latent.data[1, 0, 0, 0] = torch.nan
+    before, classes = state(net), [type(m) for m in net.modules()]
+    with pytest.raises(ValueError, match=r"conv2: its weight holds 45 non-finite value\(s\); nothing was fused"):
+        hbnn_plugin.fuse(net)
+    assert same_state(state(net), before)
+    assert [type(m) for m in net.modules()] == classes
+
+
+def test_a_fused_models_points_are_stepped_by_nobody() -> None:
+    net = applied()
+    epcs = clusters(net)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    train(net, optimizer, 1)
+    before = {name: epc.point.clone() for name, epc in epcs.items()}
+    hbnn_plugin.fuse(net)
+    train(net, optimizer, 1)
+    assert all(torch.equal(epc.point, before[name]) for name, epc in epcs.items())
+    with pytest.raises(ValueError, match="has no exponential parametrization"):
+        hbnn_plugin.flip_ratio(net)
+
+
+# -- plain checkpoint into an applied model --------------------------------------------------------------------------------
+
+
+@each_geometry
+@pytest.mark.parametrize("host", [IrConv, SimanConv, ScaledConv, HardBinaryConv], ids=lambda h: h.__name__)
+@pytest.mark.filterwarnings("ignore:.*start at the edge of the ball")
+def test_a_plain_checkpoint_loads_strictly(host: Any, options: dict[str, Any]) -> None:
+    plain = tiny_net(host, seed=5)
+    train(plain, SGD(plain.parameters(), lr=0.1), 2)
+    net = trained(host, **options)
+    assert any(net_flips for net_flips in hbnn_plugin.flip_ratio(net).values())
+    result = net.load_state_dict(saved(plain.state_dict()))
+    assert result.missing_keys == []
+    assert result.unexpected_keys == []
+    if host not in (ScaledConv, HardBinaryConv) or options["relative"] or options["space"] == "ball":
+        torch.testing.assert_close(output(net), output(plain), rtol=1e-4, atol=1e-5)
+    fresh = hbnn_plugin.apply(plain, **options)
+    assert same_state(state(net), state(fresh)), "not what apply on the loaded host would give"
+    assert hbnn_plugin.flip_ratio(net).total == 0
+    bits = binary_now(net)
+    for name, epc in clusters(net).items():
+        assert torch.equal(epc.flip_reference, pack_bits(bits[name]))
+
+
+def test_a_plain_checkpoint_loads_without_touching_the_dict() -> None:
+    checkpoint = tiny_net(seed=5).state_dict()
+    keys = list(checkpoint)
+    applied().load_state_dict(checkpoint)
+    assert list(checkpoint) == keys
+
+
+def test_a_plain_checkpoint_of_another_shape_is_refused_as_torch_does() -> None:
+    checkpoint = tiny_net().state_dict()
+    checkpoint["conv1.weight"] = torch.zeros(5, 4, 1, 1)
+    with pytest.raises(RuntimeError, match=r"conv1"):
+        applied().load_state_dict(checkpoint)
+
+
+def test_checkpoints_through_wrappers_and_parts() -> None:
+    plain = tiny_net(seed=5)
+    wrapped = nn.Sequential(applied())
+    wrapped.load_state_dict({f"0.{key}": value for key, value in plain.state_dict().items()})
+    torch.testing.assert_close(output(wrapped), output(plain), rtol=1e-4, atol=1e-5)
+    net = applied()
+    net.conv1.load_state_dict(plain.conv1.state_dict())
+    torch.testing.assert_close(net.conv1.weight, plain.conv1.weight, rtol=1e-5, atol=1e-6)
+    copied = copy.deepcopy(applied())
+    copied.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(output(copied), output(plain), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_plain_checkpoint_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    ours, theirs = dtypes
+    net = applied(dtype=ours)
+    plain = tiny_net(seed=5, dtype=theirs)
+    net.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(output(net), output(plain).to(ours), rtol=1e-4, atol=1e-5)
+    assert {t.dtype for t in (net.conv1.weight, clusters(net)["conv1"].point)} == {ours}
+
+
+# -- applied checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*GEOMETRIES, {"point_momentum": 0.9}, {"rule": "riemannian-adam"}, {"start": 0.5, "relative": True}],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_an_applied_checkpoint_round_trip_is_exact(options: dict[str, Any]) -> None:
+    net = trained(**options)
+    other = applied(seed=1, **options)
+    other.load_state_dict(saved(net.state_dict()))
+    assert same_state(state(net), state(other))
+    assert torch.equal(output(net), output(other))
+    assert hbnn_plugin.flip_ratio(net).flips == hbnn_plugin.flip_ratio(other).flips
+    assert any(hbnn_plugin.flip_ratio(other).flips.values())
+    with_momentum = "point_momentum" in options or options.get("rule") == "riemannian-adam"
+    assert all((epc.momentum is not None and bool(epc.momentum.any())) is with_momentum for epc in clusters(other).values())
+
+
+def test_loading_by_assignment() -> None:
+    net = trained()
+    other = applied(seed=1)
+    other.load_state_dict(state(net), assign=True)
+    assert torch.equal(output(net), output(other))
+    before = points(other)
+    train(other.train(), SGD(other.parameters(), lr=0.1), 1)
+    assert not any(torch.equal(before[name], p) for name, p in points(other).items())
+
+
+@pytest.mark.parametrize("optimizer_class", [SGD, Adam])
+@pytest.mark.parametrize(
+    "options", [{}, {"order": "alternating", "per": "layer"}, {"space": "sphere", "point_momentum": 0.5}], ids=["default", "alternating", "sphere"]
+)
+def test_training_resumes_to_the_bit(options: dict[str, Any], optimizer_class: type[SGD | Adam]) -> None:
+    settings = {"lr": 0.05, "momentum": 0.9} if optimizer_class is SGD else {"lr": 0.05}
+    whole = applied(**options)
+    train(whole, optimizer_class(whole.parameters(), **settings), 5)
+    net = applied(**options)
+    optimizer = optimizer_class(net.parameters(), **settings)
+    train(net, optimizer, 3)
+    checkpoint = saved({"model": net.state_dict(), "optimizer": optimizer.state_dict()})
+    anew = applied(seed=8, **options)
+    optimizer = optimizer_class(anew.parameters(), **settings)
+    anew.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    train(anew, optimizer, 2, first=3)
+    assert same_state(state(anew), state(whole))
+
+
+# -- an applied checkpoint into a plain model ------------------------------------------------------------------------------
+
+
+@each_geometry
+@each_host
+def test_plain_state_dict_loads_strictly_into_a_plain_model(host: Any, options: dict[str, Any]) -> None:
+    net = trained(host, **options)
+    checkpoint = saved(net.state_dict())
+    before = {key: value.clone() for key, value in checkpoint.items()}
+    plain = tiny_net(host, seed=7)
+    plain.load_state_dict(hbnn_plugin.plain_state_dict(checkpoint))
+    assert torch.equal(output(plain), output(net))
+    assert same_state(checkpoint, before)
+    weights = [p for p in plain.conv1.parameters() if p.ndim > 1]
+    assert weights[0].shape == next(p for p in tiny_net(host).conv1.parameters() if p.ndim > 1).shape
+
+
+def test_plain_state_dict_passes_plain_and_foreign_entries() -> None:
+    plain = tiny_net().state_dict()
+    assert same_state(dict(hbnn_plugin.plain_state_dict(plain)), plain)
+    net = trained()
+    parametrize.register_parametrization(net.fc, "weight", Doubled())
+    keys = set(hbnn_plugin.plain_state_dict(net.state_dict()))
+    assert keys == (set(plain) - {"fc.weight"}) | {"fc.parametrizations.weight.original"}
+
+
+def test_plain_state_dict_keeps_the_versions_that_modules_load_by() -> None:
+    net = trained()
+    loaded = hbnn_plugin.plain_state_dict(net.state_dict())
+    assert loaded._metadata["bn1"] == {"version": 2}
+
+
+# -- checkpoints of other clusters -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("theirs", "fragments"),
+    [
+        ({"radius": 0.1}, [r"conv1: radius is 0\.1 in the checkpoint, 0\.05 in the model", r"conv2: radius is 0\.1"]),
+        ({"per": "layer"}, ["conv1: per is 'layer' in the checkpoint, 'filter' in the model", "conv2: per is 'layer'"]),
+        ({"space": "sphere"}, ["conv1: space is 'sphere'.*'ball'", r"conv1: radius is 1\.0", "conv2: space", "conv2: radius"]),
+        ({"relative": True}, ["conv1: relative is True in the checkpoint, False in the model", "conv2: relative"]),
+        (
+            {"space": "sphere", "per": "layer", "radius": 0.3, "relative": True},
+            [f"{layer}: {key} is" for layer in BINARY_LAYERS for key in ("space", "radius", "per", "relative")],
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:.*start at the edge of the ball")
+def test_a_checkpoint_of_other_clusters_is_refused_whole(theirs: dict[str, Any], fragments: list[str], strict: bool) -> None:
+    checkpoint = saved(trained(seed=4, **theirs).state_dict())
+    net = trained()
+    before = state(net)
+    for model, entries in ((net, checkpoint), (nn.Sequential(net), {f"0.{k}": v for k, v in checkpoint.items()})):
+        with pytest.raises(ValueError, match="the checkpoint belongs to other clusters; nothing was loaded") as caught:
+            model.load_state_dict(entries, strict=strict)
+        for fragment in fragments:
+            caught.match(fragment)
+        assert same_state(state(net), before)
+
+
+def test_a_part_of_a_model_refuses_the_checkpoint_of_other_clusters_too() -> None:
+    """A backbone is often loaded by itself."""
+    backbone = nn.Sequential(tiny_net())
+    model = hbnn_plugin.apply(nn.ModuleDict({"backbone": backbone, "head": nn.Linear(4, 2)}))
+    before = state(model)
+    other = nn.Sequential(trained(seed=4, radius=0.1))
+    with pytest.raises(ValueError, match=r"belongs to other clusters(?s:.*)conv2.*radius is 0\.1"):
+        model["backbone"].load_state_dict(other.state_dict())
+    assert same_state(state(model), before)
+
+
+def test_checkpoints_of_differing_flat_and_four_dimensional_weights_are_refused() -> None:
+    class Renamed(HardBinaryConv):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.shape = (self.shape[1], self.shape[0], *self.shape[2:])
+
+        def binary_weight(self) -> Tensor:
+            return super().binary_weight().transpose(0, 1)
+
+    checkpoint = trained(HardBinaryConv).state_dict()
+    net = applied(Renamed)
+    with pytest.raises(ValueError, match=r"conv1: shape is \[5, 4, 3, 3\] in the checkpoint, \[4, 5, 3, 3\] in the model"):
+        net.load_state_dict(checkpoint)
+
+
+def test_other_rules_do_not_matter_to_a_checkpoint() -> None:
+    net = applied(rule="riemannian", point_lr=0.3, order="alternating")
+    net.load_state_dict(trained().state_dict())
+    assert clusters(net)["conv1"].settings.rule == "riemannian"
+    assert loss_of(net).isfinite()
+
+
+def test_partly_applied_models_take_plain_checkpoints() -> None:
+    net = hbnn_plugin.apply(tiny_net(), where=by_name("conv2"))
+    plain = tiny_net(seed=5)
+    net.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(output(net), output(plain), rtol=1e-4, atol=1e-5)
