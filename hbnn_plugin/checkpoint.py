@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,7 +104,7 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         A new dict; tensors that needed no mapping are shared.
     """
-    plain: dict[str, Any] = {}
+    plain: OrderedDict[str, Any] = OrderedDict()
     for key, value in state_dict.items():
         match = _LATENT_KEY.match(key)
         inside = f"{key.removesuffix('original')}0."
@@ -111,6 +112,8 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             plain[match["prefix"] + match["tensor"]] = _mapped(value, state_dict, inside)
         elif not _is_cluster_key(key, state_dict):
             plain[key] = value
+    if hasattr(state_dict, "_metadata"):  # the versions that modules load by
+        plain._metadata = state_dict._metadata  # type: ignore[attr-defined]
     return plain
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .convolved import binary_value, convolved_weight, pack_bits, unpack_bits
 from .parametrization import EPC, find
+from .selection import own_class
 from .tables import table
 
 __all__ = ["FlipRatio", "applied_layers", "current_bits", "flip_ratio", "set_reference"]
@@ -49,7 +50,8 @@ def applied_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, EPC]]:
     for name, module in model.named_modules():
         clusters = find(module)
         for tensor_name, epc in clusters.items():
-            found[name if len(clusters) == 1 else f"{name}.{tensor_name}"] = (module, tensor_name, epc)
+            label = name or own_class(module).__name__
+            found[label if len(clusters) == 1 else f"{label}.{tensor_name}"] = (module, tensor_name, epc)
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no exponential parametrization: call hbnn_plugin.apply(model) first"

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .epc import inner
 from .parametrization import find
-from .selection import Predicate, Selected, binary_convolutions, select
+from .selection import Predicate, Selected, binary_convolutions, own_class, select
 from .settings import Settings
 from .tables import table
 
@@ -40,7 +40,7 @@ class Plan:
 
     def __repr__(self) -> str:
         rows = [
-            (s.name, type(s.module).__name__, s.tensor_name, "×".join(map(str, s.shape)), str(self.points(s)))
+            (s.label, own_class(s.module).__name__, s.tensor_name, "×".join(map(str, s.shape)), str(self.points(s)))
             for s in self.layers
         ]
         title = f"EPC on {len(self.layers)} layer(s): {self.settings}"
@@ -58,7 +58,8 @@ def make_plan(model: nn.Module, settings: Settings, where: Predicate | None) -> 
     for name, module, selected in select(model, predicate):
         problem = "it has no weight tensor of its own" if selected is None else _problem(selected, settings)
         if problem is not None:
-            problems.append(f"{name or type(module).__name__} ({type(module).__name__}): {problem}")
+            cls = own_class(module).__name__
+            problems.append(f"{name or cls} ({cls}): {problem}")
         elif selected is not None:
             layers.append(selected)
     if problems:

@@ -156,10 +156,10 @@ def apply(
         made = make_plan(model, made.settings, lambda module, name: name in names)
     clusters = {id(s.weight): s for s in made.layers}
     epcs = {
-        key: EPC(s.weight, made.settings, shape=s.shape, unit_dims=s.unit_dims, name=s.name)
+        key: EPC(s.weight, made.settings, shape=s.shape, unit_dims=s.unit_dims, name=s.label)
         for key, s in clusters.items()
     }
-    outside = {s.name: epcs[key].latent_of(s.weight)[1] for key, s in clusters.items()}
+    outside = {s.label: epcs[key].latent_of(s.weight)[1] for key, s in clusters.items()}
     first: dict[int, Selected] = {}
     for s in made.layers:
         key = id(s.weight)
@@ -170,7 +170,7 @@ def apply(
             _register(s, epcs[key])
     install_hooks(model, [s.module for s in made.layers])
     install()
-    not_binary = [s.name for s in made.layers if not _start_counting(s)]
+    not_binary = [s.label for s in made.layers if not _start_counting(s)]
     _warn_about(outside, not_binary, made)
     return model
 

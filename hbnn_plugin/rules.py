@@ -8,7 +8,8 @@ r"""How a point moves, given its gradient g = ∂L/∂p and its learning rate η
 
 Under an optimizer of Adam's kind (its group has ``betas``) the weights move by about η a coordinate however large their
 gradient is. For the first two rules g is then divided by the running root mean square of its coordinates, one number a
-point, with the group's own β₂ and eps, so that the point's coordinates move by about η too.
+point, with the group's own β₂ and eps, so that the point's coordinates move by about η too; ``mobius`` is then
+p ← p ⊕ (−ηg), since a g of norm √n lies outside the domain of ⊗.
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ def move(moves: Sequence[Move]) -> None:
         if settings.rule == "riemannian-adam":
             _riemannian_adam(epc, g, step.lr)
         else:
-            if "betas" in step.group:
+            adaptive = "betas" in step.group
+            if adaptive:
                 _divide_by_rms(epc, g, step.group)
             if settings.rule == "mobius":
-                _mobius(epc, g, step.lr)
+                _mobius(epc, g, step.lr, adaptive)
             else:
                 _riemannian(epc, g, step.lr)
         if before is not None:
@@ -83,9 +85,11 @@ def _accumulate(epc: EPC, g: Tensor) -> Tensor:
     return epc.momentum.mul_(epc.settings.point_momentum).add_(g)
 
 
-def _mobius(epc: EPC, g: Tensor, lr: float | Tensor) -> None:
+def _mobius(epc: EPC, g: Tensor, lr: float | Tensor, adaptive: bool) -> None:
     p, dims = epc.point, epc.dims
     direction = _accumulate(epc, g)
+    if adaptive:  # of norm √n it would lie outside ⊗'s domain: scale first, p ⊕ ((−1) ⊗ ηg), the same to first order
+        direction, lr = direction * lr, 1.0
     pp, pg, gg = inner(p, p, dims), inner(p, direction, dims), inner(direction, direction, dims)
     eta = torch.as_tensor(lr, dtype=pp.dtype, device=pp.device)
     a, b = epc.settings.geometry.point_step(pp, pg, gg, eta, epc.radius)

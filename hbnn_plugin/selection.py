@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-__all__ = ["Predicate", "Selected", "binary_convolutions", "by_class", "by_name", "select"]
+__all__ = ["Predicate", "Selected", "binary_convolutions", "by_class", "by_name", "own_class", "select"]
 
 Predicate = Callable[[nn.Module, str], bool]
 
@@ -41,6 +41,11 @@ class Selected(NamedTuple):
     """The dimensions of ``shape`` that count output units."""
 
     @property
+    def label(self) -> str:
+        """What messages call the layer: its name, or its class where it is the model itself."""
+        return self.name or own_class(self.module).__name__
+
+    @property
     def weight(self) -> Tensor:
         weight: Tensor = getattr(self.module, self.tensor_name)
         return weight
@@ -52,7 +57,7 @@ def binary_convolutions(module: nn.Module, name: str) -> bool:
     That is a subclass of torch's convolutions that is neither torch's nor a well-known library's, or a module of a
     class of the host's own whose forward calls a convolution with a parameter of its own (also one stored flat).
     """
-    cls = _own_class(module)
+    cls = own_class(module)
     if cls.__module__.split(".")[0] in _LIBRARIES:
         return False
     if isinstance(module, _ConvNd):
@@ -94,7 +99,7 @@ def select(model: nn.Module, where: Predicate) -> Iterator[tuple[str, nn.Module,
                 yield name, module, Selected(name, module, weight_name, *_layout(module, weight_name))
 
 
-def _own_class(module: nn.Module) -> type:
+def own_class(module: nn.Module) -> type:
     """The module's class as its author wrote it (parametrize puts a class of its own in front)."""
     return next(c for c in type(module).__mro__ if c.__module__ != "torch.nn.utils.parametrize")
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_hosts import IrConv, batch, clusters, same_state, state, tiny_net, train
 from torch import Tensor, nn
 from torch.optim import SGD
 
 import hbnn_plugin
 from hbnn_plugin import by_class, by_name
 from hbnn_plugin.binarize import BinaryConv2d, SignConv2d, sign
+from tiny_hosts import IrConv, batch, clusters, same_state, state, tiny_net, train
 
 
 class Block(nn.Module):
@@ -192,7 +192,7 @@ def test_attributes_hooks_and_padding_survive() -> None:
     torch.testing.assert_close(net[1](net[0](x)), y)
 
 
-# -- selection -------------------------------------------------------------------------------------------------------------
+# -- selection --------
 
 
 def test_a_custom_predicate() -> None:
@@ -203,7 +203,7 @@ def test_a_custom_predicate() -> None:
 
 @both
 def test_a_model_that_is_itself_the_convolution(binarize: str) -> None:
-    """A module cannot be replaced in nothing: refused, or the class changed in place; never taken for binary as it is."""
+    """Nothing holds it, so it cannot be replaced: refused, or changed in place, but never taken for binary as it is."""
     net = nn.Conv2d(3, 4, 3)
     try:
         net = hbnn_plugin.apply(net, binarize=binarize, where=lambda module, name: True)
@@ -216,7 +216,10 @@ def test_a_model_that_is_itself_the_convolution(binarize: str) -> None:
 def test_fully_convolutional_and_pointwise_networks() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Conv2d(4, 4, k) for k in (3, 3, 1, 3)))
-    assert [layer.name for layer in hbnn_plugin.plan(net, binarize="1/1").layers] == ["1", "2"]  # 2: 1×1, but no shortcut
+    assert [layer.name for layer in hbnn_plugin.plan(net, binarize="1/1").layers] == [
+        "1",
+        "2",
+    ]  # 2: 1×1, but no shortcut
 
 
 @pytest.mark.parametrize(
@@ -225,7 +228,11 @@ def test_fully_convolutional_and_pointwise_networks() -> None:
         (resnet, {"binarize": "1/4"}, ["binarize", "'1/4'", "'1/1'", "'1/32'"]),
         (resnet, {"binarize": 1}, ["binarize", "not 1"]),
         (resnet, {}, ["found no binary convolution in ResNet", "6 Conv2d", 'binarize="1/1"']),
-        (lambda: nn.Sequential(nn.Conv2d(3, 3, 3), nn.Linear(3, 3)), {"binarize": "1/1"}, ["found no convolution to binarize", "1 nn.Conv2d"]),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 3, 3), nn.Linear(3, 3)),
+            {"binarize": "1/1"},
+            ["found no convolution to binarize", "1 nn.Conv2d"],
+        ),
         (lambda: nn.Sequential(nn.ReLU()), {"binarize": "1/1"}, ["found no convolution to binarize", "0 nn.Conv2d"]),
         (resnet, {"binarize": "1/1", "where": by_class(nn.Linear)}, ["plain nn.Conv2d", "fc"]),
         (tiny_net, {"binarize": "1/1", "where": by_class(IrConv)}, ["plain nn.Conv2d", "conv1, conv2"]),
@@ -233,7 +240,9 @@ def test_fully_convolutional_and_pointwise_networks() -> None:
         (resnet, {"binarize": "1/1", "radius": -1}, ["radius"]),
     ],
 )
-def test_bad_input_is_refused_before_anything_changes(build: Any, options: dict[str, Any], fragments: list[str]) -> None:
+def test_bad_input_is_refused_before_anything_changes(
+    build: Any, options: dict[str, Any], fragments: list[str]
+) -> None:
     net = build()
     before, modules = state(net), dict(net.named_modules())
     for function in (hbnn_plugin.plan, hbnn_plugin.apply):
@@ -262,13 +271,15 @@ def test_plan_shows_it_and_changes_nothing(binarize: str) -> None:
     assert classes(net) == classes(resnet())
 
 
-# -- modules that occur more than once --------------------------------------------------------------------------------------
+# -- modules that occur more than once --------
 
 
 def test_one_relu_module_used_in_many_places_is_replaced_in_all() -> None:
     torch.manual_seed(0)
     relu = nn.ReLU()
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), relu, nn.Conv2d(4, 4, 3), relu, nn.Conv2d(4, 4, 1), relu, nn.Flatten(), nn.Linear(16, 2))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), relu, nn.Conv2d(4, 4, 3), relu, nn.Conv2d(4, 4, 1), relu, nn.Flatten(), nn.Linear(16, 2)
+    )
     hbnn_plugin.apply(net, binarize="1/1")
     assert [type(net[i]) for i in (1, 3, 5)] == [nn.Hardtanh] * 3
 
@@ -291,7 +302,9 @@ def test_one_convolution_used_in_many_places_is_replaced_in_all(nested: bool) ->
 @both
 def test_tied_weights_stay_tied(binarize: str) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)
+    )
     net.insert(3, nn.Conv2d(3, 3, 3, padding=1))
     net[2].weight = net[1].weight
     hbnn_plugin.apply(net, binarize=binarize)
@@ -305,7 +318,7 @@ def test_tied_weights_stay_tied(binarize: str) -> None:
     assert torch.equal(net(x), expected)
 
 
-# -- functional relu --------------------------------------------------------------------------------------------------------
+# -- functional relu --------
 
 
 class Functional(nn.Module):

@@ -9,6 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import SGD, Adam
+
+import hbnn_plugin
+from hbnn_plugin import by_name
+from hbnn_plugin.convolved import pack_bits
 from tiny_hosts import (
     BINARY_LAYERS,
     HOSTS,
@@ -26,13 +33,6 @@ from tiny_hosts import (
     tiny_net,
     train,
 )
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.optim import SGD, Adam
-
-import hbnn_plugin
-from hbnn_plugin import by_name
-from hbnn_plugin.convolved import pack_bits
 
 GEOMETRIES = [
     {"space": space, "per": per, "relative": relative}
@@ -69,7 +69,7 @@ def binary_now(net: TinyNet) -> dict[str, Tensor]:
     return {name: net.get_submodule(name).binary_weight().detach().flatten() > 0 for name in BINARY_LAYERS}
 
 
-# -- fuse ------------------------------------------------------------------------------------------------------------------
+# -- fuse --------
 
 
 @each_geometry
@@ -184,7 +184,7 @@ def test_a_fused_models_points_are_stepped_by_nobody() -> None:
         hbnn_plugin.flip_ratio(net)
 
 
-# -- plain checkpoint into an applied model --------------------------------------------------------------------------------
+# -- plain checkpoint into an applied model --------
 
 
 @each_geometry
@@ -245,7 +245,7 @@ def test_a_plain_checkpoint_of_another_dtype(dtypes: tuple[torch.dtype, torch.dt
     assert {t.dtype for t in (net.conv1.weight, clusters(net)["conv1"].point)} == {ours}
 
 
-# -- applied checkpoints ---------------------------------------------------------------------------------------------------
+# -- applied checkpoints --------
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,9 @@ def test_an_applied_checkpoint_round_trip_is_exact(options: dict[str, Any]) -> N
     assert hbnn_plugin.flip_ratio(net).flips == hbnn_plugin.flip_ratio(other).flips
     assert any(hbnn_plugin.flip_ratio(other).flips.values())
     with_momentum = "point_momentum" in options or options.get("rule") == "riemannian-adam"
-    assert all((epc.momentum is not None and bool(epc.momentum.any())) is with_momentum for epc in clusters(other).values())
+    assert all(
+        (epc.momentum is not None and bool(epc.momentum.any())) is with_momentum for epc in clusters(other).values()
+    )
 
 
 def test_loading_by_assignment() -> None:
@@ -277,7 +279,9 @@ def test_loading_by_assignment() -> None:
 
 @pytest.mark.parametrize("optimizer_class", [SGD, Adam])
 @pytest.mark.parametrize(
-    "options", [{}, {"order": "alternating", "per": "layer"}, {"space": "sphere", "point_momentum": 0.5}], ids=["default", "alternating", "sphere"]
+    "options",
+    [{}, {"order": "alternating", "per": "layer"}, {"space": "sphere", "point_momentum": 0.5}],
+    ids=["default", "alternating", "sphere"],
 )
 def test_training_resumes_to_the_bit(options: dict[str, Any], optimizer_class: type[SGD | Adam]) -> None:
     settings = {"lr": 0.05, "momentum": 0.9} if optimizer_class is SGD else {"lr": 0.05}
@@ -295,7 +299,7 @@ def test_training_resumes_to_the_bit(options: dict[str, Any], optimizer_class: t
     assert same_state(state(anew), state(whole))
 
 
-# -- an applied checkpoint into a plain model ------------------------------------------------------------------------------
+# -- an applied checkpoint into a plain model --------
 
 
 @each_geometry
@@ -327,7 +331,7 @@ def test_plain_state_dict_keeps_the_versions_that_modules_load_by() -> None:
     assert loaded._metadata["bn1"] == {"version": 2}
 
 
-# -- checkpoints of other clusters -----------------------------------------------------------------------------------------
+# -- checkpoints of other clusters --------
 
 
 @pytest.mark.parametrize(
@@ -335,7 +339,10 @@ def test_plain_state_dict_keeps_the_versions_that_modules_load_by() -> None:
     [
         ({"radius": 0.1}, [r"conv1: radius is 0\.1 in the checkpoint, 0\.05 in the model", r"conv2: radius is 0\.1"]),
         ({"per": "layer"}, ["conv1: per is 'layer' in the checkpoint, 'filter' in the model", "conv2: per is 'layer'"]),
-        ({"space": "sphere"}, ["conv1: space is 'sphere'.*'ball'", r"conv1: radius is 1\.0", "conv2: space", "conv2: radius"]),
+        (
+            {"space": "sphere"},
+            ["conv1: space is 'sphere'.*'ball'", r"conv1: radius is 1\.0", "conv2: space", "conv2: radius"],
+        ),
         ({"relative": True}, ["conv1: relative is True in the checkpoint, False in the model", "conv2: relative"]),
         (
             {"space": "sphere", "per": "layer", "radius": 0.3, "relative": True},
@@ -346,7 +353,9 @@ def test_plain_state_dict_keeps_the_versions_that_modules_load_by() -> None:
 )
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.filterwarnings("ignore:.*start at the edge of the ball")
-def test_a_checkpoint_of_other_clusters_is_refused_whole(theirs: dict[str, Any], fragments: list[str], strict: bool) -> None:
+def test_a_checkpoint_of_other_clusters_is_refused_whole(
+    theirs: dict[str, Any], fragments: list[str], strict: bool
+) -> None:
     checkpoint = saved(trained(seed=4, **theirs).state_dict())
     net = trained()
     before = state(net)
@@ -380,7 +389,9 @@ def test_checkpoints_of_differing_flat_and_four_dimensional_weights_are_refused(
 
     checkpoint = trained(HardBinaryConv).state_dict()
     net = applied(Renamed)
-    with pytest.raises(ValueError, match=r"conv1: shape is \[5, 4, 3, 3\] in the checkpoint, \[4, 5, 3, 3\] in the model"):
+    with pytest.raises(
+        ValueError, match=r"conv1: shape is \[5, 4, 3, 3\] in the checkpoint, \[4, 5, 3, 3\] in the model"
+    ):
         net.load_state_dict(checkpoint)
 
 

@@ -8,13 +8,20 @@ import pickle
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import geoopt
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import lr_scheduler as lrs
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import hbnn_plugin
+from hbnn_plugin.recovery import recover
 from tiny_hosts import (
     BINARY_LAYERS,
     HardBinaryConv,
@@ -32,13 +39,6 @@ from tiny_hosts import (
     train,
     twin,
 )
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim import lr_scheduler as lrs
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-import hbnn_plugin
-from hbnn_plugin.recovery import recover
 
 F64 = torch.float64
 
@@ -61,7 +61,7 @@ def steps(net: nn.Module) -> list[int]:
     return [int(epc.steps) for epc in clusters(net).values()]
 
 
-# -- what a step is, from geoopt's formulas ------------------------------------------------------------------------------
+# -- what a step is, from geoopt's formulas --------
 
 
 def rows(tensor: Tensor, per: str) -> Tensor:
@@ -111,7 +111,7 @@ def test_the_two_orders_differ_in_the_latents_only() -> None:
     assert gap > 1e-6
 
 
-# -- when the optimizer is built, and which --------------------------------------------------------------------------------
+# -- when the optimizer is built, and which --------
 
 
 @pytest.mark.parametrize("kind", ["before", "rebuilt"])
@@ -165,7 +165,9 @@ def test_foreach_and_fused_step_the_points_as_the_plain_loop_does(name: str, var
 
 @pytest.mark.parametrize("channels", [2, 8, 512])
 @pytest.mark.parametrize("optimizer_class", [Adam, AdamW])
-def test_under_adam_the_coordinates_of_a_point_move_by_about_the_rate(optimizer_class: type[Optimizer], channels: int) -> None:
+def test_under_adam_the_coordinates_of_a_point_move_by_about_the_rate(
+    optimizer_class: type[Optimizer], channels: int
+) -> None:
     torch.manual_seed(0)
     layer = hbnn_plugin.apply(IrConv(channels, 3, 3), where=hbnn_plugin.by_class(IrConv))
     optimizer = optimizer_class(layer.parameters(), lr=1e-3)
@@ -177,7 +179,7 @@ def test_under_adam_the_coordinates_of_a_point_move_by_about_the_rate(optimizer_
     assert rate.max() < 1.4, rate
 
 
-# -- GradScaler ------------------------------------------------------------------------------------------------------------
+# -- GradScaler --------
 
 
 @pytest.mark.parametrize("order", ["simultaneous", "alternating"])
@@ -229,7 +231,7 @@ def points_of(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.split(".")[0]: value for key, value in state_dict.items() if key.endswith(".point")}
 
 
-# -- what is done to gradients ---------------------------------------------------------------------------------------------
+# -- what is done to gradients --------
 
 
 @pytest.mark.parametrize("set_to_none", [False, True])
@@ -293,7 +295,9 @@ def test_frozen_latents_keep_their_points() -> None:
     assert torch.equal(net.conv1.weight, applied().conv1.weight)
 
 
-@pytest.mark.parametrize("optimizer", [partial(SGD, lr=0.5, weight_decay=0.5, momentum=0.9), partial(AdamW, lr=0.1, weight_decay=1.0)])
+@pytest.mark.parametrize(
+    "optimizer", [partial(SGD, lr=0.5, weight_decay=0.5, momentum=0.9), partial(AdamW, lr=0.1, weight_decay=1.0)]
+)
 def test_no_optimizer_decays_or_moves_a_point_by_itself(optimizer: Callable[..., Optimizer]) -> None:
     fixed = applied(rule="fixed", start=0.3)
     before = points(fixed)
@@ -324,7 +328,7 @@ def test_zeroed_gradients_move_no_point_and_missing_ones_neither() -> None:
     assert moved(net, before) == []
 
 
-# -- closures, nested and raising steps ------------------------------------------------------------------------------------
+# -- closures, nested and raising steps --------
 
 
 def closure_of(net: nn.Module, optimizer: Optimizer, seed: int) -> Callable[[], Tensor]:
@@ -462,8 +466,12 @@ class Wrapper(Optimizer):
 
 
 @pytest.mark.parametrize("with_closure", [False, True])
-@pytest.mark.parametrize("defaults", [{"lr": 0.1}, {"lr": 7.0, "alpha": 0.5}, {"alpha": 0.5}], ids=["same rate", "other rate", "none"])
-def test_in_nested_optimizers_the_innermost_moves_each_point_once(defaults: dict[str, float], with_closure: bool) -> None:
+@pytest.mark.parametrize(
+    "defaults", [{"lr": 0.1}, {"lr": 7.0, "alpha": 0.5}, {"alpha": 0.5}], ids=["same rate", "other rate", "none"]
+)
+def test_in_nested_optimizers_the_innermost_moves_each_point_once(
+    defaults: dict[str, float], with_closure: bool
+) -> None:
     reference, net = applied(), applied()
     train(reference, SGD(reference.parameters(), lr=0.1), 2)
     optimizer = Wrapper(Wrapper(SGD(net.parameters(), lr=0.1), **defaults), **defaults)
@@ -544,7 +552,7 @@ def test_after_a_step_that_raises_another_optimizer_can_take_the_same_gradients(
     assert moved(net, before) == list(BINARY_LAYERS)
 
 
-# -- rates -----------------------------------------------------------------------------------------------------------------
+# -- rates --------
 
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "StepLR": lambda o: lrs.StepLR(o, 1, 0.5),
@@ -555,7 +563,9 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "OneCycleLR": lambda o: lrs.OneCycleLR(o, 0.2, total_steps=6),
     "CyclicLR": lambda o: lrs.CyclicLR(o, 0.01, 0.1, step_size_up=2),
     "ReduceLROnPlateau": lambda o: lrs.ReduceLROnPlateau(o, patience=0, factor=0.3),
-    "SequentialLR": lambda o: lrs.SequentialLR(o, [lrs.LinearLR(o, 0.2, total_iters=2), lrs.PolynomialLR(o, 4)], milestones=[2]),
+    "SequentialLR": lambda o: lrs.SequentialLR(
+        o, [lrs.LinearLR(o, 0.2, total_iters=2), lrs.PolynomialLR(o, 4)], milestones=[2]
+    ),
 }
 
 
@@ -607,7 +617,7 @@ def test_a_tensor_as_learning_rate() -> None:
         assert points(other)[name].any()
 
 
-# -- several models, threads, copies ---------------------------------------------------------------------------------------
+# -- several models, threads, copies --------
 
 
 def test_two_models_trained_in_turn_do_not_meet() -> None:
@@ -680,7 +690,7 @@ def test_averaged_models(use_buffers: bool) -> None:
     assert average(batch()[0]).isfinite().all()
 
 
-# -- optimizers that do not fire hooks ---------------------------------------------------------------------------------------
+# -- optimizers that do not fire hooks --------
 
 
 class BareSgd(Optimizer):
@@ -737,7 +747,7 @@ def test_no_such_report_for_an_averaged_teacher_in_training_mode() -> None:
             teacher(batch(seed)[0])
 
 
-# -- optimizers that step the points themselves ------------------------------------------------------------------------------
+# -- optimizers that step the points themselves --------
 
 CLUSTER_OPTIMIZERS = {
     "sgd": (hbnn_plugin.ClusterSGD, SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
@@ -851,9 +861,3 @@ def test_a_cluster_optimizer_needs_an_applied_model(name: str) -> None:
         own(tiny_net().parameters(), **options)
     with pytest.raises(ValueError, match="got no latent weight"):
         own(applied().fc.parameters(), **options)
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    torch.manual_seed(0)
-    yield

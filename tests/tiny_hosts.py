@@ -109,7 +109,9 @@ class SmoothConv(HostConv):
 class HardBinaryConv(nn.Module):
     """Like ReActNet: not an nn.Conv2d, one flat parameter called ``weights``, viewed through ``self.shape``."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: int = 1
+    ) -> None:
         super().__init__()
         self.stride = stride
         self.padding = padding
@@ -203,7 +205,8 @@ def state(net: nn.Module) -> dict[str, Tensor]:
 def same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Whether two state dicts are equal to the last bit (NaNs equal each other), keys and their order included."""
     return list(one) == list(other) and all(
-        one[k].dtype == other[k].dtype and torch.equal(one[k].nan_to_num(nan=123.0), other[k].nan_to_num(nan=123.0)) for k in one
+        one[k].dtype == other[k].dtype and torch.equal(one[k].nan_to_num(nan=123.0), other[k].nan_to_num(nan=123.0))
+        for k in one
     )
 
 
