@@ -83,7 +83,7 @@ class BinaryConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """The convolution, as nn.Conv2d shapes it."""
         if self.sign_input is not None:
-            if self.training and not self._warned and not torch.compiler.is_compiling():
+            if self.training and torch.is_grad_enabled() and not self._warned and not torch.compiler.is_compiling():
                 self._check_input(x)
             x = self.sign_input(x)
         result: Tensor = self._conv_forward(x, self.binary_weight(), self.bias)
@@ -127,6 +127,11 @@ def plan_binarization(model: nn.Module, binarize: str, where: Predicate | None) 
     else:
         kept = {layers[0][0], layers[-1][0]} if layers else set()
         chosen = {n for n, m in convolutions if n not in kept and not _is_shortcut(n, m)}
+    if "" in chosen:
+        raise ValueError(
+            "the model is itself the convolution to be binarized, and nothing holds it in which it could be replaced; "
+            "put it into an nn.Sequential"
+        )
     if not chosen:
         raise ValueError(
             f"binarize={binarize!r} found no convolution to binarize in {type(model).__name__}: it has "
@@ -144,20 +149,28 @@ def _is_shortcut(name: str, conv: nn.Conv2d) -> bool:
 
 def binarize_model(model: nn.Module, binarize: str, names: set[str]) -> None:
     """Replace the named nn.Conv2d by :class:`BinaryConv2d`, and for 1/1 every nn.ReLU by nn.Hardtanh, in place."""
+    replaced: dict[nn.Module, nn.Module] = {
+        m: BinaryConv2d.convert(m, binarize)
+        for name, m in model.named_modules()
+        if name in names and type(m) is nn.Conv2d
+    }
+    if binarize == "1/1":
+        replaced |= {m: nn.Hardtanh(inplace=m.inplace) for m in model.modules() if type(m) is nn.ReLU}
     for parent in list(model.modules()):
-        for child_name, child in list(parent.named_children()):
-            if type(child) is nn.Conv2d and any(child is model.get_submodule(name) for name in names):
-                parent.add_module(child_name, BinaryConv2d.convert(child, binarize))
-            elif binarize == "1/1" and type(child) is nn.ReLU:
-                parent.add_module(child_name, nn.Hardtanh(inplace=child.inplace))
+        for child_name, child in list(parent._modules.items()):  # named_children() leaves out second names
+            if child in replaced:
+                parent.add_module(child_name, replaced[child])
 
 
 @torch.no_grad()
 def fuse_binarized(model: nn.Module) -> None:
     """Turn every :class:`BinaryConv2d` into nn.Conv2d (1/32) or :class:`SignConv2d` (1/1) of equal output, in place."""
+    done: set[int] = set()
     for module in model.modules():
         if type(module) is BinaryConv2d:
-            module.weight.copy_(module.binary_weight())
+            if id(module.weight) not in done:  # tied
+                module.weight.copy_(module.binary_weight())
+                done.add(id(module.weight))
             del module.__dict__["_warned"]
             if module.sign_input is None:
                 del module.sign_input

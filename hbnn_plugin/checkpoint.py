@@ -30,9 +30,11 @@ _LATENT_KEY = re.compile(r"^(?P<prefix>(?:.*\.)?)parametrizations\.(?P<tensor>[^
 
 
 def install_hooks(root: nn.Module, layers: list[nn.Module]) -> None:
-    """Let ``root`` refuse checkpoints of other clusters, and ``layers`` take plain ones."""
-    if not any(_hook_of(entry) is _refuse_other_clusters for entry in root._load_state_dict_pre_hooks.values()):
-        root._register_load_state_dict_pre_hook(_refuse_other_clusters, with_module=True)
+    """Let ``root``, and every part of it, refuse checkpoints of other clusters, and ``layers`` take plain ones."""
+    for part in root.modules():  # a backbone is often loaded by itself
+        held = any(_hook_of(entry) is _refuse_other_clusters for entry in part._load_state_dict_pre_hooks.values())
+        if not held and any(layer in layers for layer in part.modules()):
+            part._register_load_state_dict_pre_hook(_refuse_other_clusters, with_module=True)
     for layer in layers:
         layer._register_load_state_dict_pre_hook(_accept_plain, with_module=True)
         layer.register_load_state_dict_post_hook(_renew_reference)
@@ -52,7 +54,8 @@ def _hook_of(entry: Any) -> Any:
 
 
 def _described(state: Tensor) -> dict[str, Any]:
-    described: dict[str, Any] = json.loads(bytes(state.tolist()))
+    end = int((state == 0).nonzero()[0])
+    described: dict[str, Any] = json.loads(bytes(state[:end].tolist()))
     return described
 
 

@@ -69,7 +69,7 @@ def convolved_weight(module: nn.Module, shape: tuple[int, ...], weight: Tensor) 
         shape: the logical shape of its weight.
         weight: its weight, for dtype, device and size.
     """
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    kept = [(m, n, b, b.clone()) for m in module.modules() for n, b in m._buffers.items() if b is not None]
     recorder = _Recorder()
     try:
         with torch.random.fork_rng(devices=[]), recorder:
@@ -77,18 +77,21 @@ def convolved_weight(module: nn.Module, shape: tuple[int, ...], weight: Tensor) 
     except Exception:  # a host may want other inputs; the caller falls back to the sign of the weight
         return None
     finally:
-        for buffer, value in kept:
-            buffer.copy_(value)
+        for owner, name, buffer, value in kept:
+            owner._buffers[name] = buffer.copy_(value)
     found = [w for w in recorder.weights if w.numel() == weight.numel()]
     return found[0].clone() if found else None
 
 
-def is_two_valued(weight: Tensor, tolerance: float = 1e-3) -> bool:
+def is_two_valued(weight: Tensor, unit_dims: tuple[int, ...] = (0,), tolerance: float = 1e-3) -> bool:
     """Whether each filter of a convolved weight holds at most two values, up to ``tolerance`` of their distance.
+
+    A filter is what ``unit_dims`` count.
 
     The tolerance is for hosts that write sign(w).detach() − w.detach() + w, which leaves rounding.
     """
-    rows = weight.flatten(1).float() if weight.ndim > 1 else weight.reshape(1, -1).float()
+    units = weight.movedim(unit_dims, tuple(range(len(unit_dims))))
+    rows = units.reshape(math.prod(units.shape[: len(unit_dims)]), -1).float()
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     from_nearest = torch.minimum(rows - low, high - rows)
     scale = torch.maximum(high - low, rows.abs().amax(1, keepdim=True))

@@ -60,16 +60,16 @@ def applied_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, EPC]]:
 
 
 def current_bits(module: nn.Module, tensor_name: str, epc: EPC) -> Tensor:
-    """The layer's binary weight now, one bool a weight: what its forward convolves with, else the weight's sign."""
+    """The layer's binary weight now, one bool a weight, on the CPU: what its forward convolves with, else its sign."""
     with torch.no_grad():
         weight: Tensor = getattr(module, tensor_name)
     convolved = convolved_weight(module, epc.shape, weight)
-    return binary_value(weight if convolved is None else convolved).flatten()
+    return binary_value(weight if convolved is None else convolved).flatten().cpu()
 
 
 def set_reference(module: nn.Module, tensor_name: str, epc: EPC) -> None:
     """Count flips of this layer from its binary weight as it is now."""
-    epc.flip_reference.copy_(pack_bits(current_bits(module, tensor_name, epc)))
+    epc.flip_reference = pack_bits(current_bits(module, tensor_name, epc))
 
 
 def flip_ratio(model: nn.Module, *, reset: bool = False) -> FlipRatio:
@@ -92,5 +92,5 @@ def flip_ratio(model: nn.Module, *, reset: bool = False) -> FlipRatio:
         flips[name] = int((bits != unpack_bits(epc.flip_reference, bits.numel())).sum())
         weights[name] = bits.numel()
         if reset:
-            epc.flip_reference.copy_(pack_bits(bits))
+            epc.flip_reference = pack_bits(bits)
     return FlipRatio(flips, weights)

@@ -8,21 +8,18 @@ stepping stands back. A parameter group may carry ``point_lr``, the points' lear
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from .stepping import begin, end, moving_clusters
+from .stepping import moving_clusters
 
 __all__ = ["ClusterAdam", "ClusterAdamW", "ClusterSGD"]
 
 
 class _StepsPoints(Optimizer):
     """Mixed in before a torch optimizer."""
-
-    steps_points_itself = True
 
     def __init__(self, params: Any, *args: Any, point_lr: float | None = None, **kwargs: Any) -> None:
         super().__init__(params, *args, **kwargs)
@@ -32,19 +29,9 @@ class _StepsPoints(Optimizer):
                 "and pass model.parameters()"
             )
         if point_lr is not None:
+            self.defaults["point_lr"] = point_lr  # for groups that are added later
             for group in self.param_groups:
                 group.setdefault("point_lr", point_lr)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the latents (and all other parameters) and of their points."""
-        step = begin(self)
-        if step is not None and closure is None:
-            step.gather()
-        elif step is not None and closure is not None:
-            closure = step.wrap(closure)
-        loss = super().step(closure)
-        end(self)
-        return loss
 
 
 class ClusterSGD(_StepsPoints, torch.optim.SGD):

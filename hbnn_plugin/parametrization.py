@@ -61,7 +61,9 @@ class EPC(nn.Module):
         momentum: of the point, with ``point_momentum`` or Riemannian Adam; of p's shape.
         mean_square: running mean square of the point's gradient, one a point, for Adam-like steps.
         steps: how many steps the point has made.
-        flip_reference: the binary weight that flips are counted from, one bit a weight (:mod:`hbnn_plugin.flips`).
+
+    The binary weight that flips are counted from (``flip_reference``, one bit a weight, on the CPU) and the settings
+    travel in the state_dict's ``_extra_state``.
     """
 
     point: Tensor
@@ -69,7 +71,6 @@ class EPC(nn.Module):
     momentum: Tensor | None
     mean_square: Tensor
     steps: Tensor
-    flip_reference: Tensor
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class EPC(nn.Module):
         self.dims = every if settings.per == "layer" else tuple(d for d in every if d not in unit_dims)
         self.owner: tuple[ParametrizationList] | None = None  # in a tuple, so that it is not taken for a submodule
         self.moves = 0
+        self.hooked = False  # whether an optimizer that fires torch's step hooks holds the latent
         self.reference_is_stale = False
         self._bypass = False
         self._watch: tuple[int, int, float | None] = (_WATCHED_FORWARDS, 0, None)
@@ -103,7 +105,8 @@ class EPC(nn.Module):
         self.register_buffer("momentum", torch.zeros_like(w) if with_momentum else None)
         self.register_buffer("mean_square", torch.zeros_like(per_point, dtype=w.dtype))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=w.device))
-        self.register_buffer("flip_reference", torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8, device=w.device))
+        # Not a buffer: bits are not to be averaged (EMA), cast or broadcast (DDP). It travels in the extra state.
+        self.flip_reference = torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8)
         self.restart(weight)
         _ALIVE.add(self)
 
@@ -218,12 +221,16 @@ class EPC(nn.Module):
         return f"{self.settings}, points={self.points}"
 
     def get_extra_state(self) -> Tensor:
-        """Settings and layout as JSON bytes: a tensor, so that weights_only loading and safetensors can hold it."""
-        described = {**asdict(self.settings), "shape": self.shape, "dims": self.dims}
-        return torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)
+        """Settings and layout as JSON, a zero byte, the flip reference.
+
+        In one uint8 tensor, so that weights_only loading and safetensors can hold it.
+        """
+        header = json.dumps({**asdict(self.settings), "shape": self.shape, "dims": self.dims}).encode() + b"\0"
+        return torch.cat([torch.frombuffer(bytearray(header), dtype=torch.uint8), self.flip_reference])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Checked for the whole model before anything is loaded (:mod:`hbnn_plugin.checkpoint`)."""
+        """Take the flip reference; the rest is checked for the whole model first (:mod:`hbnn_plugin.checkpoint`)."""
+        self.flip_reference = state.cpu()[-len(self.flip_reference) :].clone()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -231,9 +238,11 @@ class EPC(nn.Module):
 
     def _watch_latent(self, latent: Tensor) -> None:
         """Warn once when the latent trains and the point does not: some optimizers never fire torch's step hooks."""
+        if not torch.is_grad_enabled() or type(latent) is not nn.Parameter or not latent.requires_grad:
+            return
         left, changes, last = self._watch
-        if self.moves or self.settings.rule == "fixed" or type(latent) is not nn.Parameter:
-            self._watch = (0 if self.moves else left, changes, last)
+        if self.moves or self.hooked or self.settings.rule == "fixed":
+            self._watch = (0, 0, None)
             return
         fingerprint = float(latent.detach().double().sum())
         changes += last is not None and fingerprint != last

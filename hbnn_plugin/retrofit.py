@@ -206,7 +206,7 @@ def _start_counting(layer: Selected) -> bool:
     epc = find(layer.module)[layer.tensor_name]
     set_reference(layer.module, layer.tensor_name, epc)
     convolved = convolved_weight(layer.module, epc.shape, layer.weight)
-    return convolved is None or is_two_valued(convolved)
+    return convolved is None or is_two_valued(convolved.reshape(epc.shape), epc.unit_dims)
 
 
 def _warn_about(outside: dict[str, int], not_binary: list[str], made: Plan) -> None:

@@ -49,10 +49,11 @@ def move(moves: Sequence[Move]) -> None:
     """Make the steps."""
     for step in moves:
         epc, g = step.epc, step.gradient
-        epc.steps += 1
         epc.moves += 1
         settings = epc.settings
-        before = None if step.valid.is_cpu and bool(step.valid.all()) else epc.point.clone()
+        state = [t for t in (epc.point, epc.momentum, epc.mean_square) if t is not None]
+        before = None if step.valid.is_cpu and bool(step.valid.all()) else [t.clone() for t in state]
+        epc.steps += step.valid.any()
         if settings.point_decay:
             epc.point.copy_(mobius_scale(1 - step.lr * settings.point_decay, epc.point, epc.radius, epc.dims))
         if settings.rule == "riemannian-adam":
@@ -66,7 +67,8 @@ def move(moves: Sequence[Move]) -> None:
             else:
                 _riemannian(epc, g, step.lr)
         if before is not None:
-            epc.point.copy_(torch.where(step.valid, epc.point, before))
+            for now, then in zip(state, before):
+                now.copy_(torch.where(step.valid, now, then))
 
 
 def _divide_by_rms(epc: EPC, g: Tensor, group: dict[str, Any]) -> None:

@@ -2,11 +2,12 @@
 
 torch calls global hooks before and after every ``Optimizer.step``. Before it, the points' gradients are recovered from
 the latents' (:mod:`hbnn_plugin.recovery`); after it, once the optimizer has succeeded, the points move
-(:mod:`hbnn_plugin.rules`). Order ``"alternating"`` instead moves the points first and rewrites ``latent.grad`` to what
-it would be at the new points (Algorithm 1 of [HBNN], with the upstream gradient at hand).
+(:mod:`hbnn_plugin.rules`). Order ``"alternating"`` also rewrites ``latent.grad`` in between, to what it would be at the
+points' new places (Algorithm 1 of [HBNN], with the upstream gradient at hand).
 
 * A closure is wrapped: its first evaluation gives the gradients.
-* Of nested steps (SAM, ZeroRedundancyOptimizer, wrappers) the innermost that sees a latent moves its point, once.
+* Of nested steps (SAM, ZeroRedundancyOptimizer, a subclass that calls ``super().step()``) the innermost moves the
+  point, once, at its own learning rate.
 * A step that raises, or that GradScaler skips, moves nothing.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from .parametrization import EPC, alive
 from .recovery import Recovered, pull_back, recover
 from .rules import Move, move
 
-__all__ = ["PointStep", "install", "moving_clusters", "step_points"]
+__all__ = ["install", "moving_clusters", "step_points"]
 
 _open = threading.local()
 
@@ -40,14 +42,47 @@ def moving_clusters(optimizer: Optimizer) -> list[tuple[EPC, dict[str, Any]]]:
     return [(epc, groups[id(epc.latent)]) for epc in clusters if id(epc.latent) in groups]
 
 
-class PointStep:
-    """The points' part of one optimizer step: :meth:`gather`, then the optimizer, then :meth:`move`."""
+@dataclass
+class _Pending:
+    """A point's move, gathered and not yet made."""
+
+    epc: EPC
+    found: Recovered
+    group: dict[str, Any]
+    gradient: Tensor
+    """The latent's gradient that it came from, and its version then."""
+    version: int
+    moves_then: int
+    landing: list[Tensor] | None = None
+    """Under ``"alternating"`` the point's state after the move: ``gradient`` is rewritten to be right there."""
+
+    def comes_from(self, gradient: Tensor) -> bool:
+        return self.gradient is gradient and self.version == gradient._version
+
+    def make(self) -> None:
+        """Move the point, unless somebody has done so since."""
+        if self.epc.moves != self.moves_then:
+            return
+        if self.landing is not None:
+            self.epc.moves += 1
+            _restore(self.epc, self.landing)
+            return
+        if "lr" not in self.group or self.group["lr"] is None:
+            raise RuntimeError(
+                f"{self.epc.name}: its weight's parameter group has no learning rate 'lr', so its point's is unknown; "
+                "put an 'lr' into the group, or apply with rule='fixed'"
+            )
+        lr = self.group["lr"] * self.group.get("point_lr", self.epc.settings.point_lr)
+        move([Move(self.epc, self.found.gradient, self.found.valid, lr, self.group)])
+
+
+class _Step:
+    """The points' part of one optimizer step: :meth:`gather`, then the optimizer, then :meth:`finish`."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.clusters = moving_clusters(optimizer)
-        self._pending: list[tuple[Move, int]] = []
-        self._seen: dict[int, tuple[Tensor, int]] = {}
+        self.pending: dict[int, _Pending] = {}
         self._evaluations = 0
 
     def wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -65,52 +100,73 @@ class PointStep:
                 )
             return loss
 
+        evaluate.points_of = self.optimizer  # type: ignore[attr-defined]
         return evaluate
 
-    def covers(self, epc: EPC, gradient: Tensor) -> bool:
-        """Whether this step has gathered this very gradient, unchanged since."""
-        tensor, version = self._seen.get(id(epc), (None, -1))
-        return tensor is gradient and version == gradient._version
-
     def gather(self) -> None:
-        """Recover the points' gradients from the latents'. Under ``"alternating"``, move those points now."""
-        due = [(epc, group) for epc, group in self.clusters if epc.latent.grad is not None]
-        due = [(e, g) for e, g in due if not any(s.covers(e, _gradient(e)) for s in _stack() if s is not self)]
+        """Recover the points' gradients, but for those that an enclosing step has from the very same gradients."""
+        due = []
+        for epc, group in self.clusters:
+            gradient = epc.latent.grad
+            if gradient is not None and not self._take_over(epc, gradient, group):
+                due.append((epc, gradient, group))
         if not due:
             return
         recovered = recover(
-            [epc for epc, _ in due],
-            [_gradient(epc) for epc, _ in due],
+            [epc for epc, _, _ in due],
+            [gradient for _, gradient, _ in due],
             grad_scale=getattr(self.optimizer, "grad_scale", None),
             found_inf=getattr(self.optimizer, "found_inf", None),
-            upstream=any(epc.settings.order == "alternating" for epc, _ in due),
+            upstream=any(epc.settings.order == "alternating" for epc, _, _ in due),
         )
-        for (epc, group), found in zip(due, recovered):
-            lr = group["lr"] * group.get("point_lr", epc.settings.point_lr)
-            step = Move(epc, found.gradient, found.valid, lr, group)
+        for (epc, gradient, group), found in zip(due, recovered):
+            pending = _Pending(epc, found, group, gradient, gradient._version, epc.moves)
             if epc.settings.order == "alternating":
-                move([step])
-                _rewrite_gradient(epc, found)
-            else:
-                self._pending.append((step, epc.moves))
-            self._seen[id(epc)] = (_gradient(epc), _gradient(epc)._version)
+                before = _state(epc)
+                pending.make()
+                _rewrite(gradient, epc, found)
+                pending.landing, pending.version = _state(epc), gradient._version
+                pending.moves_then = epc.moves
+                _restore(epc, before)
+            self.pending[id(epc)] = pending
 
-    def move(self) -> None:
-        """Move the points, but for those that a nested step has moved meanwhile."""
-        pending, self._pending = self._pending, []
-        move([step for step, moves_then in pending if step.epc.moves == moves_then])
+    def _take_over(self, epc: EPC, gradient: Tensor, group: dict[str, Any]) -> bool:
+        for step in reversed(_stack()):
+            pending = step.pending.get(id(epc))
+            if pending is not None and pending.comes_from(gradient):
+                pending.group = group
+                self.pending[id(epc)] = step.pending.pop(id(epc))
+                return True
+        return False
+
+    def holds_all(self) -> bool:
+        """Whether every gradient that is there now has been gathered here."""
+        gradients = [(self.pending.get(id(epc)), epc.latent.grad) for epc, _ in self.clusters]
+        there = [(pending, gradient) for pending, gradient in gradients if gradient is not None]
+        return bool(there) and all(p is not None and p.comes_from(g) for p, g in there)
+
+    def finish(self) -> None:
+        """Move the points."""
+        pending, self.pending = self.pending, {}
+        for one in pending.values():
+            one.make()
 
 
-def _gradient(epc: EPC) -> Tensor:
-    gradient = epc.latent.grad
-    assert gradient is not None
-    return gradient
+def _state(epc: EPC) -> list[Tensor]:
+    return [t.clone() for t in (epc.point, epc.momentum, epc.mean_square, epc.steps) if t is not None]
 
 
 @torch.no_grad()
-def _rewrite_gradient(epc: EPC, found: Recovered) -> None:
+def _restore(epc: EPC, state: list[Tensor]) -> None:
+    tensors = [t for t in (epc.point, epc.momentum, epc.mean_square, epc.steps) if t is not None]
+    for tensor, value in zip(tensors, state):
+        tensor.copy_(value)
+
+
+@torch.no_grad()
+def _rewrite(gradient: Tensor, epc: EPC, found: Recovered) -> None:
+    """Put into ``gradient`` what it would be at the point where the cluster is now."""
     assert found.upstream is not None
-    gradient = _gradient(epc)
     rewritten = pull_back(epc, found.upstream).reshape(gradient.shape)
     valid = found.valid.expand(epc.shape).reshape(gradient.shape)
     gradient.copy_(torch.where(valid, rewritten.to(gradient.dtype), gradient))
@@ -121,62 +177,62 @@ def step_points(optimizer: Optimizer) -> None:
 
     For optimizers that do not fire torch's step hooks: call it right before ``optimizer.step()``.
     """
-    step = PointStep(optimizer)
+    step = _Step(optimizer)
     step.gather()
-    step.move()
+    step.finish()
 
 
-def _stack() -> list[PointStep]:
+def _stack() -> list[_Step]:
     """The steps in progress on this thread, outermost first."""
     if not hasattr(_open, "steps"):
         _open.steps = []
-    steps: list[PointStep] = _open.steps
+    steps: list[_Step] = _open.steps
     return steps
 
 
-def begin(optimizer: Optimizer) -> PointStep | None:
+def _begin(optimizer: Optimizer, closure: object) -> _Step | None:
     """Open the points' part of a step of ``optimizer``; None if it holds no latent."""
     stack = _stack()
     for depth, step in enumerate(stack):
-        if step.optimizer is optimizer:  # left open by a step that raised
+        if step.optimizer is optimizer:  # inside super().step(), or after a step that raised
+            if closure is None and step.holds_all():
+                del stack[depth + 1 :]
+                return step
             del stack[depth:]
             break
-    step = PointStep(optimizer)
+    step = _Step(optimizer)
     if not step.clusters:
         return None
+    for epc, _ in step.clusters:
+        epc.hooked = True
     stack.append(step)
     return step
 
 
-def end(optimizer: Optimizer) -> None:
-    """Close the step of ``optimizer``: move its points."""
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+    closure = closure if callable(closure) else None
+    if getattr(closure, "points_of", None) is optimizer:  # super().step(closure)
+        return None
+    step = _begin(optimizer, closure)
+    if step is None:
+        return None
+    if closure is None:
+        step.gather()
+        return None
+    if len(args) > 1:
+        return (args[0], step.wrap(closure), *args[2:]), kwargs
+    return args, {**kwargs, "closure": step.wrap(closure)}
+
+
+def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     stack = _stack()
     for depth in range(len(stack) - 1, -1, -1):
         if stack[depth].optimizer is optimizer:
             step = stack[depth]
             del stack[depth:]
-            step.move()
+            step.finish()
             return
-
-
-def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if getattr(optimizer, "steps_points_itself", False):
-        return None
-    step = begin(optimizer)
-    if step is None:
-        return None
-    # args[0] is the optimizer
-    if len(args) > 1 and callable(args[1]):
-        return (args[0], step.wrap(args[1]), *args[2:]), kwargs
-    if callable(kwargs.get("closure")):
-        return args, {**kwargs, "closure": step.wrap(kwargs["closure"])}
-    step.gather()
-    return None
-
-
-def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not getattr(optimizer, "steps_points_itself", False):
-        end(optimizer)
 
 
 @functools.cache
