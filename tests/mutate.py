@@ -1,0 +1,54 @@
+"""Can the tests of the map fail? Break a copy of the library in several ways and see that they do.
+
+python tests/mutate.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+MUTATIONS = [
+    ("ball.py", "alpha=1 + b * theta_squared / d,", "alpha=1 + theta_squared / d,", "forward: B left out of α"),
+    ("ball.py", "beta_q=-t * d_q / d_squared,", "beta_q=t * d_q / d_squared,", "backward: sign of ∂β/∂Q"),
+    ("ball.py", "k_v = s * t * r / b**2", "k_v = t * t * r / b**2", "backward: slope of tanh² near the edge"),
+    ("ball.py", "series_w = 2 / 3 +", "series_w = 1 / 3 +", "backward: the series near v = 0"),
+    ("ball.py", "return -room_p * ratio", "return room_p * ratio", "inverse: sign of p's coefficient"),
+    ("sphere.py", "alpha=cos - s * rq,", "alpha=cos + s * rq,", "sphere: v's radial part added, not removed"),
+    ("epc.py", "own = 2 * (a * k.alpha_v", "own = (a * k.alpha_v", "backward: a factor 2"),
+    ("epc.py", "else torch.float32\n", "else dtype\n", "half precision inside"),
+]
+
+
+def main() -> None:
+    survivors = 0
+    for name, good, bad, what in MUTATIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder)
+            for part in ("hbnn_plugin", "tests", "examples", "pyproject.toml"):
+                source = ROOT / part
+                if source.is_dir():
+                    shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(source, copy / part)
+            path = copy / "hbnn_plugin" / name
+            text = path.read_text()
+            if text.count(good) != 1:
+                sys.exit(f"{name} no longer holds {good!r} exactly once; renew the mutation")
+            path.write_text(text.replace(good, bad))
+            command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/test_map.py"]
+            done = subprocess.run(command, cwd=copy, env={**os.environ, "PYTHONPATH": folder}, capture_output=True)
+            caught = done.returncode == 1
+            survivors += not caught
+            print(f"{'caught  ' if caught else 'SURVIVED'}  {name}: {what}")
+    sys.exit(survivors)
+
+
+if __name__ == "__main__":
+    main()
