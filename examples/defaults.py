@@ -3,10 +3,10 @@
     python examples/defaults.py --data DIR        # runs what is missing, two at a time, then prints the table
     python examples/defaults.py --report          # the table, from the committed results alone
 
-An 8-layer ResNet (width 16) on 16 × 16 images, batch 128, 10 epochs of 15,000 training images; accuracy is read after the
-last epoch on 5,000 other *training* images: the test set plays no part in choosing. Every arm has the host's own learning
-rate and weight decay, and the same initial weights and batches for the same seed. This compares readings with each other;
-whether any of them helps a well-tuned host is another question, which 10 epochs do not answer.
+An 8-layer ResNet (width 16) on 16 × 16 images, batch 128, 10 epochs of 15,000 training images; accuracy is read after
+the last epoch on 5,000 other *training* images: the test set plays no part in choosing. Every arm has the host's own
+learning rate and weight decay, and the same initial weights and batches for the same seed. This compares readings with
+each other; whether any of them helps a well-tuned host is another question, which 10 epochs do not answer.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 import checkpoints
 import cifar
+import hbnn_plugin
 from flips import MEAN, FlipMeter
 from hosts import get_host
 from hosts.networks import NETWORKS
@@ -78,8 +79,6 @@ def run(data: Path, host_name: str, arm: str, seed: int) -> dict[str, Any]:
     model = NETWORKS["resnet8"](host.conv).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     options = ARMS[arm]
     if options is not None:
-        import hbnn_plugin
-
         hbnn_plugin.apply(model, **options)
     recipe = replace(RECIPE, seed=seed)
     optimizer = make_optimizer(model, host, recipe)

@@ -14,7 +14,6 @@ p ← p ⊕ (−ηg), since a g of norm √n lies outside the domain of ⊗.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,30 +44,29 @@ class Move(NamedTuple):
 
 
 @torch.no_grad()
-def move(moves: Sequence[Move]) -> None:
-    """Make the steps."""
-    for step in moves:
-        epc, g = step.epc, step.gradient
-        epc.moves += 1
-        settings = epc.settings
-        state = [t for t in (epc.point, epc.momentum, epc.mean_square) if t is not None]
-        before = None if step.valid.is_cpu and bool(step.valid.all()) else [t.clone() for t in state]
-        epc.steps += step.valid.any()
-        if settings.point_decay:
-            epc.point.copy_(mobius_scale(1 - step.lr * settings.point_decay, epc.point, epc.radius, epc.dims))
-        if settings.rule == "riemannian-adam":
-            _riemannian_adam(epc, g, step.lr)
+def move(step: Move) -> None:
+    """Make the step, in place."""
+    epc, g = step.epc, step.gradient
+    epc.moves += 1
+    settings = epc.settings
+    state = [t for t in (epc.point, epc.momentum, epc.mean_square) if t is not None]
+    before = None if step.valid.is_cpu and bool(step.valid.all()) else [t.clone() for t in state]
+    epc.steps += step.valid.any()
+    if settings.point_decay:
+        epc.point.copy_(mobius_scale(1 - step.lr * settings.point_decay, epc.point, epc.radius, epc.dims))
+    if settings.rule == "riemannian-adam":
+        _riemannian_adam(epc, g, step.lr)
+    else:
+        adaptive = "betas" in step.group
+        if adaptive:
+            _divide_by_rms(epc, g, step.group)
+        if settings.rule == "mobius":
+            _mobius(epc, g, step.lr, adaptive)
         else:
-            adaptive = "betas" in step.group
-            if adaptive:
-                _divide_by_rms(epc, g, step.group)
-            if settings.rule == "mobius":
-                _mobius(epc, g, step.lr, adaptive)
-            else:
-                _riemannian(epc, g, step.lr)
-        if before is not None:
-            for now, then in zip(state, before):
-                now.copy_(torch.where(step.valid, now, then))
+            _riemannian(epc, g, step.lr)
+    if before is not None:
+        for now, then in zip(state, before):
+            now.copy_(torch.where(step.valid, now, then))
 
 
 def _divide_by_rms(epc: EPC, g: Tensor, group: dict[str, Any]) -> None:
@@ -121,9 +119,8 @@ class _OnManifold:
 
     def __init__(self, epc: EPC, g: Tensor) -> None:
         self.epc = epc
-        radius = epc.radius
-        root = radius.sqrt().reshape(-1, 1) if isinstance(radius, Tensor) else torch.tensor(radius).double().sqrt()
-        self.root = root.to(g)
+        root = epc.radius**0.5
+        self.root = root.reshape(-1, 1).to(g) if isinstance(root, Tensor) else root
         self.manifold = epc.settings.geometry.manifold().to(g)
         self.point = self.root * _flatten(epc, epc.point)
         self.gradient = self.manifold.egrad2rgrad(self.point, _flatten(epc, g))

@@ -73,7 +73,7 @@ class _Pending:
                 "put an 'lr' into the group, or apply with rule='fixed'"
             )
         lr = self.group["lr"] * self.group.get("point_lr", self.epc.settings.point_lr)
-        move([Move(self.epc, self.found.gradient, self.found.valid, lr, self.group)])
+        move(Move(self.epc, self.found.gradient, self.found.valid, lr, self.group))
 
 
 class _Step:
