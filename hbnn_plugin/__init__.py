@@ -12,7 +12,6 @@ from .epc import exp_map, log_map, mobius_add, mobius_scale
 from .flips import FlipRatio, flip_ratio
 from .fusing import fuse
 from .optim import ClusterAdam, ClusterAdamW, ClusterSGD
-from .parametrization import EPC
 from .planning import Plan
 from .retrofit import apply, plan
 from .selection import binary_convolutions, by_class, by_name
@@ -20,7 +19,6 @@ from .stepping import step_points
 from .version import __version__ as __version__
 
 __all__ = [
-    "EPC",
     "ClusterAdam",
     "ClusterAdamW",
     "ClusterReport",

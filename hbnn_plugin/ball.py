@@ -14,7 +14,6 @@ References:
 
 from __future__ import annotations
 
-import geoopt
 import torch
 from torch import Tensor
 
@@ -22,10 +21,10 @@ from .scalars import PointGradient, Radius, Slopes
 
 __all__ = [
     "MARGIN",
+    "delicate",
     "exp",
     "exp_slopes",
     "log",
-    "manifold",
     "mobius_add",
     "mobius_scale",
     "point_gradient",
@@ -107,10 +106,15 @@ def exp_slopes(pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> Slopes:
     )
 
 
-def log(pp: Tensor, xx: Tensor, px: Tensor, dd: Tensor, r: Radius) -> tuple[Tensor, Tensor]:
-    r"""Coefficients (a, b) of log_p(x) = (2/(√r λ_p)) artanh(√r‖u‖) u/‖u‖ = a p + b x, u = (−p) ⊕ x.
+def delicate(pp: Tensor, r: Radius) -> Tensor:
+    """Whether a point's inner products are wanted in float64: near the edge, against v, D is a difference near 0."""
+    return r * pp > 0.8
 
-    ``dd`` is ‖x − p‖², measured on the vectors: √r‖u‖ = √(r·dd/D) holds its digits where x is close to p.
+
+def log(pp: Tensor, xx: Tensor, px: Tensor, dd: Tensor, ss: Tensor, r: Radius) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Coefficients (a, b, c) of log_p(x) = (2/(√r λ_p)) artanh(√r‖u‖) u/‖u‖ = a p + b (x − p) + c (x + p).
+
+    ``dd`` = ‖x − p‖² is measured on the vectors: with u = (−p) ⊕ x, √r‖u‖ = √(r·dd/D) holds its digits where x is close to p. c is 0.
     """
     room_p, room_x = _room(pp, r), _room(xx, r)
     d = (1 - 2 * r * px + r * r * pp * xx).clamp(min=1e-24)
@@ -120,7 +124,8 @@ def log(pp: Tensor, xx: Tensor, px: Tensor, dd: Tensor, r: Radius) -> tuple[Tens
     artanh = torch.log1p(s) - 0.5 * torch.log(room_p * room_x / d)
     small = s_squared < 1e-6
     ratio = torch.where(small, 1 + s_squared / 3 + s_squared**2 / 5, artanh / torch.where(small, 1.0, s))
-    return -room_p * ratio * (1 - 2 * r * px + r * xx) / d, room_p * ratio * room_p / d
+    # u = [(1 − rP)(x − p) − r‖x − p‖² p]/D
+    return -room_p * ratio * r * dd / d, room_p * ratio * room_p / d, torch.zeros_like(d)
 
 
 def mobius_add(xx: Tensor, yy: Tensor, xy: Tensor, r: Radius) -> tuple[Tensor, Tensor]:
@@ -185,11 +190,3 @@ def point_step(pp: Tensor, pg: Tensor, gg: Tensor, step: Tensor, r: Radius) -> t
     new = (a * a * pp + 2 * a * b * pg + b * b * gg / bound**2).clamp(min=1e-300)
     shrink = (edge / new).sqrt().clamp(max=1.0)
     return a * shrink, b * shrink
-
-
-def manifold() -> geoopt.PoincareBallExact:
-    """geoopt's ball of radius r = 1, the home of √r p.
-
-    The exact one: its retraction is the exponential map, PoincareBall's is a sum and a projection.
-    """
-    return geoopt.PoincareBallExact(c=1.0)

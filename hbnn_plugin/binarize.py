@@ -132,6 +132,8 @@ def plan_binarization(model: nn.Module, binarize: str, where: Predicate | None) 
             "the model is itself the convolution to be binarized, and nothing holds it in which it could be replaced; "
             "put it into an nn.Sequential"
         )
+    if not chosen and any(isinstance(m, BinaryConv2d) for m in model.modules()):
+        raise ValueError("the convolutions are binarized already; hbnn_plugin.fuse(model) makes the model plain again")
     if not chosen:
         raise ValueError(
             f"binarize={binarize!r} found no convolution to binarize in {type(model).__name__}: it has "
@@ -147,15 +149,27 @@ def _is_shortcut(name: str, conv: nn.Conv2d) -> bool:
     return pointwise and (strided or any(word in name.lower() for word in _SHORTCUT_WORDS))
 
 
+def _relus(model: nn.Module) -> list[nn.ReLU]:
+    """Every nn.ReLU but those right behind a linear layer: they belong to a real-valued classifier."""
+    found: list[nn.ReLU] = []
+    previous: nn.Module | None = None
+    for module in model.modules():
+        if type(module) is nn.ReLU and not isinstance(previous, nn.Linear):
+            found.append(module)
+        if next(module.children(), None) is None:
+            previous = module
+    return found
+
+
 def binarize_model(model: nn.Module, binarize: str, names: set[str]) -> None:
-    """Replace the named nn.Conv2d by :class:`BinaryConv2d`, and for 1/1 every nn.ReLU by nn.Hardtanh, in place."""
+    """Replace the named nn.Conv2d by :class:`BinaryConv2d`, and for 1/1 nn.ReLU by nn.Hardtanh, in place."""
     replaced: dict[nn.Module, nn.Module] = {
         m: BinaryConv2d.convert(m, binarize)
         for name, m in model.named_modules()
         if name in names and type(m) is nn.Conv2d
     }
     if binarize == "1/1":
-        replaced |= {m: nn.Hardtanh(inplace=m.inplace) for m in model.modules() if type(m) is nn.ReLU}
+        replaced |= {m: nn.Hardtanh(inplace=m.inplace) for m in _relus(model)}
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):  # named_children() leaves out second names
             if child in replaced:

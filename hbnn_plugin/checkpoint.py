@@ -65,6 +65,9 @@ def _refuse_other_clusters(module: nn.Module, state_dict: dict[str, Any], prefix
         for tensor_name, epc in find(layer).items():
             state = state_dict.get(f"{name}.parametrizations.{tensor_name}.0._extra_state".lstrip("."))
             if state is None:
+                plain = state_dict.get(f"{name}.{tensor_name}".lstrip("."))
+                if isinstance(plain, Tensor) and not bool(plain.isfinite().all()):
+                    differences.append(f"{name}: its {tensor_name} in the checkpoint holds non-finite values")
                 continue
             theirs, ours = _described(state), _described(epc.get_extra_state())
             differences += [
@@ -73,7 +76,10 @@ def _refuse_other_clusters(module: nn.Module, state_dict: dict[str, Any], prefix
                 if theirs.get(key) != ours[key]
             ]
     if differences:
-        raise ValueError("the checkpoint belongs to other clusters; nothing was loaded:\n  " + "\n  ".join(differences))
+        raise ValueError(
+            f"the checkpoint does not fit the clusters of {type(module).__name__}, and none of it was loaded there:\n  "
+            + "\n  ".join(differences)
+        )
 
 
 def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

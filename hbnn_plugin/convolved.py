@@ -7,7 +7,7 @@ magnitude). The layer is run once on a small input and the weight argument of it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -60,25 +60,38 @@ def _small_input(module: nn.Module, shape: tuple[int, ...], like: Tensor) -> Ten
     return torch.linspace(-1, 1, math.prod(size), dtype=like.dtype, device=like.device).reshape(size)
 
 
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and its children, without what parametrize keeps in it."""
+    lists = getattr(module, "parametrizations", None)
+    bookkeeping = set(lists.modules()) if isinstance(lists, nn.ModuleDict) else set()
+    return (m for m in module.modules() if m not in bookkeeping)
+
+
 @torch.no_grad()
 def convolved_weight(module: nn.Module, shape: tuple[int, ...], weight: Tensor) -> Tensor | None:
     """The tensor that ``module.forward`` convolves with, or None where the layer does not run on a small input.
 
     Args:
-        module: the layer; its buffers and the random state are left as they were.
+        module: the layer; its buffers, weight and the random state are left as they were.
         shape: the logical shape of its weight.
         weight: its weight, for dtype, device and size.
     """
-    kept = [(m, n, b, b.clone()) for m in module.modules() for n, b in m._buffers.items() if b is not None]
+    before = weight.detach().clone()  # hosts there are that write into their weight's .data
+    # The layer gets copies of its buffers: the originals may be saved in a graph that waits for its backward.
+    kept = [(m, n, b) for m in _own_modules(module) for n, b in m._buffers.items() if b is not None]
     recorder = _Recorder()
     try:
-        with torch.random.fork_rng(devices=[]), recorder:
+        for owner, name, buffer in kept:
+            owner._buffers[name] = buffer.clone()
+        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []), recorder:
             module.forward(_small_input(module, shape, weight))
     except Exception:  # a host may want other inputs; the caller falls back to the sign of the weight
         return None
     finally:
-        for owner, name, buffer, value in kept:
-            owner._buffers[name] = buffer.copy_(value)
+        for owner, name, buffer in kept:
+            owner._buffers[name] = buffer
+        if weight.is_leaf and not torch.equal(weight, before):
+            weight.data.copy_(before)
     found = [w for w in recorder.weights if w.numel() == weight.numel()]
     return found[0].clone() if found else None
 

@@ -24,7 +24,10 @@ class LayerClusters(NamedTuple):
     reach: float
     """Its maximum."""
     disagreement: float
-    """Share of weights whose binary value differs from the one the host would give the latent weight itself."""
+    """Share of weights whose binary value differs from the one the host would give the latent weight itself.
+
+    Says something where the latent is about the weight: with a point that starts at the origin.
+    """
 
 
 class ClusterReport(Mapping[str, LayerClusters]):

@@ -36,10 +36,18 @@ def _scalar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
-def inner(x: Tensor, y: Tensor, dims: Dims) -> Tensor:
-    """⟨x, y⟩ over ``dims`` (kept with size 1), summed pairwise in the tensors' dtype, as float64."""
+def inner(x: Tensor, y: Tensor, dims: Dims, exact: bool = False) -> Tensor:
+    """⟨x, y⟩ over ``dims`` (kept with size 1) as float64, summed in the tensors' dtype or, if ``exact``, in float64."""
+    scalar_dtype = _scalar_dtype(x.device)
+    if exact:
+        x, y = x.to(scalar_dtype), y.to(scalar_dtype)
     # Not vector_norm: on a CPU it sums sequentially and loses four digits over a layer of 2 million float32 weights.
-    return (x * y).sum(dims, keepdim=True).to(_scalar_dtype(x.device))
+    return (x * y).sum(dims, keepdim=True).to(scalar_dtype)
+
+
+def _gram(p: Tensor, v: Tensor, dims: Dims, exact: bool) -> Tensor:
+    """⟨p,p⟩, ⟨v,v⟩ and ⟨p,v⟩, stacked."""
+    return torch.stack([inner(x, y, dims, exact) for x, y in ((p, p), (v, v), (p, v))])
 
 
 def combine(coefficients: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> Tensor:
@@ -68,20 +76,22 @@ class _Exp(torch.autograd.Function):
 
     @staticmethod
     def forward(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> tuple[Tensor, Tensor, bool]:
-        gram = torch.stack([inner(p, p, dims), inner(v, v, dims), inner(p, v, dims)])
-        taming = torch.ones_like(gram[0])
-        tamed = not (v.is_cpu and bool((gram.abs() < 1e200).all()))  # elsewhere, looking would cost a synchronisation
-        if tamed:
-            taming = _taming(v, dims).to(gram.dtype)
+        careful = not v.is_cpu  # a CPU looks whether care is needed; elsewhere looking would cost a synchronisation
+        if not careful:
+            gram = _gram(p, v, dims, exact=False)
+            taming = torch.ones_like(gram[0])
+            careful = not bool(((gram.abs() < 1e200) & ~space.delicate(gram[0], r)).all())
+        if careful:
+            taming = _taming(v, dims).to(_scalar_dtype(v.device))
             v = v * taming.to(v.dtype)
-            gram = torch.stack([inner(p, p, dims), inner(v, v, dims), inner(p, v, dims)])
+            gram = _gram(p, v, dims, exact=True)
         alpha, beta = space.exp(gram[0], gram[1], gram[2], r)
-        return combine((alpha, beta), (p, v)), torch.cat([gram, taming[None]]), tamed
+        return combine((alpha, beta), (p, v)), torch.cat([gram, taming[None]]), careful
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, bool]) -> None:
         p, v, ctx.r, ctx.space, ctx.dims = inputs
-        ctx.tamed = output[2]
+        ctx.careful = output[2]
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(p, v, output[1])
 
@@ -89,13 +99,11 @@ class _Exp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         p, v, scalars = ctx.saved_tensors
         dims, taming = ctx.dims, scalars[3]
-        if ctx.tamed:
+        if ctx.careful:
             v = v * taming.to(v.dtype)
-        if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see how the scalars arise
-            pp, vv, pv = inner(p, p, dims), inner(v, v, dims), inner(p, v, dims)
-        else:
-            pp, vv, pv = scalars[:3]
-        k = ctx.space.exp_slopes(pp, vv, pv, ctx.r)
+        # With grad enabled a second derivative is wanted: let autograd see how the scalars arise.
+        gram = _gram(p, v, dims, exact=True) if torch.is_grad_enabled() else scalars[:3]
+        k = ctx.space.exp_slopes(gram[0], gram[1], gram[2], ctx.r)
         a, b = inner(grad, p, dims), inner(grad, v, dims)
         cross = a * k.alpha_q + b * k.beta_q
         grad_p = grad_v = None
@@ -123,7 +131,8 @@ class _Exp(torch.autograd.Function):
 def _exp_plain(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Tensor:
     """The same map in plain torch ops, for tools that trace."""
     v = v * _taming(v, dims)
-    alpha, beta = space.exp(inner(p, p, dims), inner(v, v, dims), inner(p, v, dims), r)
+    gram = _gram(p, v, dims, exact=True)  # costs nothing where the compiler fuses it
+    alpha, beta = space.exp(gram[0], gram[1], gram[2], r)
     return combine((alpha, beta), (p, v))
 
 
@@ -131,17 +140,17 @@ def exp_map(p: Tensor, v: Tensor, radius: Radius, space: Space = ball, dims: Dim
     r"""EPC_p(v) = exp_p(v), the weight of latent v seen from point p ([HBNN] Eq. 6).
 
     Args:
-        p: points, floating, any shape that has v's size in ``dims``; inside the ball (or on the sphere).
+        p: points, floating, inside the ball (or on the sphere); broadcast against v.
         v: latent weights, floating.
         radius: r > 0, a number, or a tensor with one value a point (size 1 in ``dims``).
         space: :mod:`hbnn_plugin.ball` or :mod:`hbnn_plugin.sphere`.
         dims: the dimensions of one point; the others count points.
 
     Returns:
-        Tensor of v's shape and dtype, computed in float32 or better whatever autocast says.
+        Tensor of the broadcast shape and v's dtype, computed in float32 or better whatever autocast says.
     """
     dtype = working_dtype(v.dtype)
-    p_work, v_work = p.to(dtype), v.to(dtype)
+    p_work, v_work = torch.broadcast_tensors(p.to(dtype), v.to(dtype))
     if torch.compiler.is_compiling():
         return _exp_plain(p_work, v_work, radius, space, dims).to(v.dtype)
     x: Tensor = _Exp.apply(p_work, v_work, radius, space, dims)[0]  # type: ignore[no-untyped-call]
@@ -155,24 +164,24 @@ def log_map(p: Tensor, x: Tensor, radius: Radius, space: Space = ball, dims: Dim
     """
     dtype = working_dtype(x.dtype)
     p_work, x_work = p.to(dtype), x.to(dtype)
-    difference = x_work - p_work
-    a, b = space.log(
-        inner(p_work, p_work, dims),
-        inner(x_work, x_work, dims),
-        inner(p_work, x_work, dims),
-        inner(difference, difference, dims),
-        radius,
-    )
-    # a p + b x = (a + b) p + b (x − p): where x is close to p nothing cancels
-    return combine((a + b, b), (p_work, difference)).to(x.dtype)
+    difference, total = x_work - p_work, x_work + p_work
+    pairs = ((p_work, p_work), (x_work, x_work), (p_work, x_work), (difference, difference), (total, total))
+    pp, xx, px, dd, ss = (inner(one, other, dims, exact=True) for one, other in pairs)
+    coefficients = space.log(pp, xx, px, dd, ss, radius)
+    return combine(coefficients, (p_work, difference, total)).to(x.dtype)
 
 
 def mobius_add(x: Tensor, y: Tensor, radius: Radius, dims: Dims = (-1,)) -> Tensor:
     r"""x ⊕ y in the ball, [Ganea] Eq. 2; x and y broadcast against each other outside ``dims``."""
-    return combine(ball.mobius_add(inner(x, x, dims), inner(y, y, dims), inner(x, y, dims), radius), (x, y))
+    dtype = working_dtype(x.dtype)
+    x_work, y_work = x.to(dtype), y.to(dtype)
+    xx, yy, xy = (inner(a, b, dims) for a, b in ((x_work, x_work), (y_work, y_work), (x_work, y_work)))
+    return combine(ball.mobius_add(xx, yy, xy, radius), (x_work, y_work)).to(x.dtype)
 
 
 def mobius_scale(t: float | Tensor, x: Tensor, radius: Radius, dims: Dims = (-1,)) -> Tensor:
     r"""t ⊗ x in the ball, [Ganea] Eq. 3, for √r‖x‖ < 1; t is a number or one value a point (size 1 in ``dims``)."""
-    xx = inner(x, x, dims)
-    return combine((ball.mobius_scale(torch.as_tensor(t, dtype=xx.dtype, device=xx.device), xx, radius),), (x,))
+    x_work = x.to(working_dtype(x.dtype))
+    xx = inner(x_work, x_work, dims)
+    factor = ball.mobius_scale(torch.as_tensor(t, dtype=xx.dtype, device=xx.device), xx, radius)
+    return combine((factor,), (x_work,)).to(x.dtype)

@@ -12,7 +12,7 @@ from .parametrization import EPC, find
 from .selection import own_class
 from .tables import table
 
-__all__ = ["FlipRatio", "applied_layers", "current_bits", "flip_ratio", "set_reference"]
+__all__ = ["FlipRatio", "applied_layers", "binary_bits", "current_bits", "flip_ratio", "set_reference"]
 
 
 class FlipRatio(Mapping[str, float]):
@@ -63,8 +63,12 @@ def current_bits(module: nn.Module, tensor_name: str, epc: EPC) -> Tensor:
     """The layer's binary weight now, one bool a weight, on the CPU: what its forward convolves with, else its sign."""
     with torch.no_grad():
         weight: Tensor = getattr(module, tensor_name)
-    convolved = convolved_weight(module, epc.shape, weight)
-    return binary_value(weight if convolved is None else convolved).flatten().cpu()
+    return binary_bits(weight, convolved_weight(module, epc.shape, weight))
+
+
+def binary_bits(weight: Tensor, convolved: Tensor | None) -> Tensor:
+    """One bool a weight, on the CPU: the upper of the two convolved values, else the weight's sign."""
+    return binary_value(weight.detach() if convolved is None else convolved).flatten().cpu()
 
 
 def set_reference(module: nn.Module, tensor_name: str, epc: EPC) -> None:

@@ -8,12 +8,14 @@ stepping stands back. A parameter group may carry ``point_lr``, the points' lear
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from .stepping import moving_clusters
+from .stepping import PointStep, held_clusters
 
 __all__ = ["ClusterAdam", "ClusterAdamW", "ClusterSGD"]
 
@@ -21,17 +23,35 @@ __all__ = ["ClusterAdam", "ClusterAdamW", "ClusterSGD"]
 class _StepsPoints(Optimizer):
     """Mixed in before a torch optimizer."""
 
+    steps_points_itself = True
+
     def __init__(self, params: Any, *args: Any, point_lr: float | None = None, **kwargs: Any) -> None:
+        if point_lr is not None and not 0 <= point_lr < math.inf:
+            raise ValueError(f"point_lr must be a finite number from 0, not {point_lr!r}")
         super().__init__(params, *args, **kwargs)
-        if not moving_clusters(self):
+        if not held_clusters(self):
             raise ValueError(
-                f"{type(self).__name__} got no latent weight with a moving point: call hbnn_plugin.apply(model) first, "
-                "and pass model.parameters()"
+                f"{type(self).__name__} got no latent weight: call hbnn_plugin.apply(model) first, and pass "
+                "model.parameters()"
             )
         if point_lr is not None:
             self.defaults["point_lr"] = point_lr  # for groups that are added later
             for group in self.param_groups:
                 group.setdefault("point_lr", point_lr)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the parameters, as the base class makes it, and of the points."""
+        points = PointStep(self)
+        if closure is None:
+            points.gather()
+        else:
+            closure = points.wrap(closure)
+        base_step = super().step.__func__  # type: ignore[attr-defined]
+        if getattr(base_step, "hooked", False):  # this step's hooks have been called already
+            base_step = base_step.__wrapped__
+        loss = base_step(self, closure)
+        points.finish()
+        return loss
 
 
 class ClusterSGD(_StepsPoints, torch.optim.SGD):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +24,7 @@ from .settings import Settings
 __all__ = ["EPC", "alive", "find"]
 
 _ALIVE: weakref.WeakSet[EPC] = weakref.WeakSet()
+_ALIVE_LOCK = threading.RLock()
 
 _WATCHED_FORWARDS = 20
 _LATENT_MOVES_TO_WARN = 3
@@ -30,7 +32,8 @@ _LATENT_MOVES_TO_WARN = 3
 
 def alive() -> list[EPC]:
     """Every registered cluster of this process, deep copies included."""
-    return [epc for epc in list(_ALIVE) if epc.owner is not None]
+    with _ALIVE_LOCK:
+        return [epc for epc in _ALIVE if epc.owner is not None]
 
 
 def find(module: nn.Module) -> dict[str, EPC]:
@@ -108,7 +111,7 @@ class EPC(nn.Module):
         # Not a buffer: bits are not to be averaged (EMA), cast or broadcast (DDP). It travels in the extra state.
         self.flip_reference = torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8)
         self.restart(weight)
-        _ALIVE.add(self)
+        self._live()
 
     # -- the map -----------------------------------------------------------------------------------------------------
 
@@ -137,7 +140,7 @@ class EPC(nn.Module):
                 f"{self.name}: the assigned weight does not lie {edge} for {outside} of {self.points} point(s) "
                 f"(radius {self.settings.radius:g}); its direction is kept and its length is not. "
                 "A smaller radius, or apply(..., relative=True), would keep both.",
-                stacklevel=4,
+                stacklevel=5,  # through torch's property and setattr to the user's assignment
             )
         return latent
 
@@ -150,6 +153,13 @@ class EPC(nn.Module):
         if not bool(w.isfinite().all()):
             raise ValueError(f"{self.name}: the weight holds {int((~w.isfinite()).sum())} non-finite value(s)")
         target, moved = self._into_space(w)
+        if self.settings.space == "sphere":
+            zeros = int((w.abs().amax(self.dims) == 0).sum())
+            if zeros:
+                raise ValueError(
+                    f"{self.name}: the weight is zero at {zeros} point(s), which has no place on the sphere"
+                )
+            target = self._off_the_antipode(target)
         latent = log_map(self.point, target, self.radius, self.settings.geometry, self.dims)
         return latent.reshape(weight.shape).to(weight.dtype), int(moved.sum())
 
@@ -174,15 +184,23 @@ class EPC(nn.Module):
 
     def _into_space(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """w with its length changed where it has to be, and a flag a point that says where."""
-        ww = inner(w, w, self.dims).clamp(min=1e-300)
+        size = w.abs().amax(self.dims, keepdim=True).clamp(min=1e-30)
+        unit = w / size  # ‖w‖² itself may overflow
+        reach = (self.radius * inner(unit, unit, self.dims)).sqrt() * size
         if self.settings.space == "sphere":
-            factor = (self.radius * ww).rsqrt()
-            moved = (factor - 1).abs() > 1e-5
-        else:
-            reach = (self.radius * ww).sqrt()
-            moved = reach > 1 - MARGIN
-            factor = torch.where(moved, (1 - MARGIN) / reach, 1.0)
-        return combine((factor,), (w,)), moved
+            moved = (reach - 1).abs() > 1e-5
+            return combine((size / reach.clamp(min=1e-30),), (unit,)), moved
+        moved = reach > 1 - MARGIN
+        return torch.where(moved, combine(((1 - MARGIN) * size / reach.clamp(min=1e-30),), (unit,)), w), moved
+
+    def _off_the_antipode(self, target: Tensor) -> Tensor:
+        """Opposite to the point every direction leads to the target: tilt it by 1e-4 to have one."""
+        total = target + self.point
+        opposite = self.radius * inner(total, total, self.dims) < 1e-8
+        generator = torch.Generator().manual_seed(0)
+        tilt = torch.randn(target.shape, generator=generator, dtype=target.dtype).to(target.device)
+        scale = 1e-4 * (inner(target, target, self.dims) / inner(tilt, tilt, self.dims)).sqrt()
+        return torch.where(opposite, self._into_space(target + scale.to(target.dtype) * tilt)[0], target)
 
     def logical(self, tensor: Tensor) -> Tensor:
         """The tensor in the logical shape of the weight."""
@@ -234,7 +252,23 @@ class EPC(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _ALIVE.add(self)
+        self._live()
+
+    def _live(self) -> None:
+        with _ALIVE_LOCK:
+            _ALIVE.add(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EPC:
+        """Move with the model, but stay in float32 or better when it is cast to half precision."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            now = self._buffers[name]
+            if old is not None and now is not None and now.is_floating_point():
+                dtype = working_dtype(now.dtype)
+                if dtype != now.dtype:
+                    self._buffers[name] = old.to(device=now.device, dtype=dtype)
+        return self
 
     def _watch_latent(self, latent: Tensor) -> None:
         """Warn once when the latent trains and the point does not: some optimizers never fire torch's step hooks."""

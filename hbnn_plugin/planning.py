@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from .epc import inner
-from .parametrization import find
+from .parametrization import alive, find
 from .selection import Predicate, Selected, binary_convolutions, own_class, select
 from .settings import Settings
 from .tables import table
@@ -52,16 +52,19 @@ class Plan:
 def make_plan(model: nn.Module, settings: Settings, where: Predicate | None) -> Plan:
     """Select and check. Raises ValueError (TypeError for a model that is none) that names every problem found."""
     check_model(model)
+    if where is not None and not callable(where):
+        raise TypeError(f"where must be callable as (module, name) -> bool, such as by_name({where!r}), not {where!r}")
     predicate = where or binary_convolutions
     layers: list[Selected] = []
     problems: list[str] = []
     for name, module, selected in select(model, predicate):
-        problem = "it has no weight tensor of its own" if selected is None else _problem(selected, settings)
+        problem = _no_weight(module) if selected is None else _problem(selected, settings)
         if problem is not None:
             cls = own_class(module).__name__
             problems.append(f"{name or cls} ({cls}): {problem}")
         elif selected is not None:
             layers.append(selected)
+    problems += _broken_ties(model, layers)
     if problems:
         raise ValueError("nothing was changed, because of\n  " + "\n  ".join(problems))
     if not layers:
@@ -82,8 +85,39 @@ def check_model(model: nn.Module) -> None:
             )
 
 
+def _no_weight(module: nn.Module) -> str:
+    if {"weight_g", "weight_v"} <= set(module._parameters):
+        return "its weight is already parametrized by torch.nn.utils.weight_norm; remove that first"
+    if next(module.parameters(recurse=False), None) is None:
+        return "it holds no parameter itself; select the layers inside it"
+    return "it has no single weight of two dimensions or more"
+
+
+def _broken_ties(model: nn.Module, layers: list[Selected]) -> list[str]:
+    """Weights that a layer outside the selection, or an earlier apply, also uses: it would get the latent for a weight."""
+    problems = []
+    chosen = {(id(s.module), s.tensor_name) for s in layers}
+    by_weight = {id(s.weight): s for s in layers if s.tensor_name in s.module._parameters}
+    for name, module in model.named_modules():
+        for tensor_name, parameter in module._parameters.items():
+            tied = by_weight.get(id(parameter))
+            if tied is not None and (id(module), tensor_name) not in chosen and not _is_latent_list(module):
+                problems.append(f"{tied.label}: its weight is tied to {name}.{tensor_name}, which is not selected")
+    latents = {id(epc.latent): epc for epc in alive()}
+    for key, s in by_weight.items():
+        if key in latents:
+            problems.append(f"{s.label}: its weight is tied to {latents[key].name}, which apply was called on before")
+    return problems
+
+
+def _is_latent_list(module: nn.Module) -> bool:
+    return type(module).__name__ == "ParametrizationList"
+
+
 def _problem(selected: Selected, settings: Settings) -> str | None:
     module, tensor_name = selected.module, selected.tensor_name
+    if tensor_name.endswith("_orig"):
+        return f"its {tensor_name.removesuffix('_orig')} is parametrized by spectral_norm or prune; remove that first"
     if tensor_name in find(module):
         return "hbnn_plugin.apply was called on it before; fuse(model) undoes that"
     if tensor_name in getattr(module, "parametrizations", {}):

@@ -80,7 +80,8 @@ def recover(
         found = clusters[members[0]].settings.geometry.point_gradient(gram, radii)
         sizes = [clusters[i].points for i in members]
         eps = torch.cat([gram.new_full((n,), torch.finfo(gradients[i].dtype).eps) for i, n in zip(members, sizes)])
-        valid = found.gradient.isfinite().all(0) & found.upstream.isfinite().all(0) & (found.squeeze > _ROUNDINGS * eps)
+        valid = found.gradient.isfinite().all(0) & found.upstream.isfinite().all(0) & gram[5].isfinite()
+        valid &= found.squeeze > _ROUNDINGS * eps
         unscale = gram.new_ones(())
         if grad_scale is not None:
             unscale = unscale / grad_scale.to(gram)

@@ -5,30 +5,26 @@ from __future__ import annotations
 import warnings
 from typing import Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .binarize import binarize_model, plan_binarization
 from .checkpoint import install_hooks
-from .convolved import convolved_weight, is_two_valued
-from .flips import set_reference
-from .parametrization import EPC, find
+from .convolved import convolved_weight, is_two_valued, pack_bits
+from .flips import binary_bits
+from .parametrization import EPC
 from .planning import Plan, check_model, make_plan
 from .selection import Predicate, Selected
-from .settings import DEFAULT_RADIUS, Settings
+from .settings import DEFAULT_RADIUS, Order, Per, Rule, Settings, SpaceName
 from .stepping import install
 
 __all__ = ["apply", "plan"]
 
 M = TypeVar("M", bound=nn.Module)
-Space = Literal["ball", "sphere"]
-Per = Literal["layer", "filter"]
-Rule = Literal["mobius", "riemannian", "riemannian-adam", "fixed"]
-Order = Literal["simultaneous", "alternating"]
 Binarize = Literal["1/1", "1/32"]
 
 
-def _settings(space: Space, radius: float | None, start: float | None, **rest: object) -> Settings:
+def _settings(space: SpaceName, radius: float | None, start: float | None, **rest: object) -> Settings:
     if radius is None:
         radius = DEFAULT_RADIUS.get(space, 1.0)
     if start is None:
@@ -39,7 +35,7 @@ def _settings(space: Space, radius: float | None, start: float | None, **rest: o
 def plan(
     model: nn.Module,
     *,
-    space: Space = "ball",
+    space: SpaceName = "ball",
     radius: float | None = None,
     per: Per = "filter",
     where: Predicate | None = None,
@@ -83,7 +79,7 @@ def plan(
 def apply(
     model: M,
     *,
-    space: Space = "ball",
+    space: SpaceName = "ball",
     radius: float | None = None,
     per: Per = "filter",
     where: Predicate | None = None,
@@ -154,15 +150,19 @@ def apply(
     if binarize is not None:
         binarize_model(model, binarize, set(names))
         made = make_plan(model, made.settings, lambda module, name: name in names)
-    clusters = {id(s.weight): s for s in made.layers}
-    epcs = {
-        key: EPC(s.weight, made.settings, shape=s.shape, unit_dims=s.unit_dims, name=s.label)
-        for key, s in clusters.items()
-    }
-    outside = {s.label: epcs[key].latent_of(s.weight)[1] for key, s in clusters.items()}
+    keys = [id(s.weight) for s in made.layers]  # tied weights have one
+    convolved = {s.label: convolved_weight(s.module, s.shape, s.weight) for s in made.layers}
+    epcs: dict[int, EPC] = {}
+    outside: dict[str, int] = {}
+    for key, s in zip(keys, made.layers):
+        if key not in epcs:
+            epc = EPC(s.weight, made.settings, shape=s.shape, unit_dims=s.unit_dims, name=s.label)
+            epc.flip_reference = pack_bits(binary_bits(s.weight, convolved[s.label]))
+            outside[s.label] = epc.latent_of(s.weight)[1]
+            epcs[key] = epc
+    # From here on nothing can fail.
     first: dict[int, Selected] = {}
-    for s in made.layers:
-        key = id(s.weight)
+    for key, s in zip(keys, made.layers):
         if key in first:
             _tie(s, first[key])
         else:
@@ -170,8 +170,7 @@ def apply(
             _register(s, epcs[key])
     install_hooks(model, [s.module for s in made.layers])
     install()
-    not_binary = [s.label for s in made.layers if not _start_counting(s)]
-    _warn_about(outside, not_binary, made)
+    _warn_about(made, outside, convolved)
     return model
 
 
@@ -201,15 +200,7 @@ def _parametrizations(layer: Selected) -> nn.ModuleDict:
     return lists
 
 
-def _start_counting(layer: Selected) -> bool:
-    """Set the flip reference; False if the layer's forward convolves with a weight that is not two-valued."""
-    epc = find(layer.module)[layer.tensor_name]
-    set_reference(layer.module, layer.tensor_name, epc)
-    convolved = convolved_weight(layer.module, epc.shape, layer.weight)
-    return convolved is None or is_two_valued(convolved.reshape(epc.shape), epc.unit_dims)
-
-
-def _warn_about(outside: dict[str, int], not_binary: list[str], made: Plan) -> None:
+def _warn_about(made: Plan, outside: dict[str, int], convolved: dict[str, Tensor | None]) -> None:
     displaced = {name: n for name, n in outside.items() if n}
     if displaced and made.settings.space == "ball":
         warnings.warn(
@@ -218,9 +209,18 @@ def _warn_about(outside: dict[str, int], not_binary: list[str], made: Plan) -> N
             "kept; its gradient is small there. per='filter', a smaller radius, or relative=True avoids that.",
             stacklevel=3,
         )
+    seen = [(s, weight) for s in made.layers if (weight := convolved[s.label]) is not None]
+    not_binary = [s.label for s, weight in seen if not is_two_valued(weight.reshape(s.shape), s.unit_dims)]
     if not_binary:
         warnings.warn(
             f"{', '.join(not_binary)}: the forward does not convolve with a two-valued weight, so this may not be a "
             "binary layer; leave it out with where=... if it should stay real-valued.",
+            stacklevel=3,
+        )
+    unseen = [label for label, weight in convolved.items() if weight is None]
+    if unseen:
+        warnings.warn(
+            f"{', '.join(unseen)}: could not be run on a small input to see what it convolves with, so its flips are "
+            "counted on the sign of its weight.",
             stacklevel=3,
         )

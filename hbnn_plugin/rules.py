@@ -6,16 +6,17 @@ r"""How a point moves, given its gradient g = ∂L/∂p and its learning rate η
 * ``riemannian-adam``: geoopt's RiemannianAdam with betas (0.9, 0.999) and eps 1e-8.
 * ``fixed``: not at all.
 
-Under an optimizer of Adam's kind (its group has ``betas``) the weights move by about η a coordinate however large their
-gradient is. For the first two rules g is then divided by the running root mean square of its coordinates, one number a
-point, with the group's own β₂ and eps, so that the point's coordinates move by about η too; ``mobius`` is then
-p ← p ⊕ (−ηg), since a g of norm √n lies outside the domain of ⊗.
+Under an optimizer of Adam's kind (its group has ``betas`` or ``eps``) the weights move by about η a coordinate however
+large their gradient is. For the first two rules g is then divided by the running root mean square of its coordinates,
+one number a point, with the group's own β₂ (or ``alpha``, ``rho``; else .999) and eps, so that the point's coordinates
+move by about η too; ``mobius`` is then p ← p ⊕ (−ηg), since a g of norm √n lies outside the domain of ⊗.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import geoopt
 import torch
 from torch import Tensor
 
@@ -25,6 +26,8 @@ from .parametrization import EPC
 
 __all__ = ["Move", "move"]
 
+# Of radius 1, the home of √r p. The exact ball: its retraction is the exponential map; PoincareBall's is not.
+_MANIFOLDS = {"ball": geoopt.PoincareBallExact, "sphere": geoopt.SphereExact}
 _ADAM_BETAS = (0.9, 0.999)
 _ADAM_EPS = 1e-8
 
@@ -53,11 +56,13 @@ def move(step: Move) -> None:
     before = None if step.valid.is_cpu and bool(step.valid.all()) else [t.clone() for t in state]
     epc.steps += step.valid.any()
     if settings.point_decay:
-        epc.point.copy_(mobius_scale(1 - step.lr * settings.point_decay, epc.point, epc.radius, epc.dims))
+        kept = 1 - step.lr * settings.point_decay
+        kept = kept.clamp(min=0.0) if isinstance(kept, Tensor) else max(kept, 0.0)
+        epc.point.copy_(mobius_scale(kept, epc.point, epc.radius, epc.dims))
     if settings.rule == "riemannian-adam":
         _riemannian_adam(epc, g, step.lr)
     else:
-        adaptive = "betas" in step.group
+        adaptive = "betas" in step.group or "eps" in step.group
         if adaptive:
             _divide_by_rms(epc, g, step.group)
         if settings.rule == "mobius":
@@ -71,11 +76,12 @@ def move(step: Move) -> None:
 
 def _divide_by_rms(epc: EPC, g: Tensor, group: dict[str, Any]) -> None:
     """g / (√m̂ + eps) in place, m the running mean square of g's coordinates with the group's β₂."""
-    beta = float(group["betas"][1])
+    beta = float(group["betas"][1] if "betas" in group else group.get("alpha", group.get("rho", _ADAM_BETAS[1])))
+    eps = group.get("eps", _ADAM_EPS)
     mean_square = (inner(g, g, epc.dims) * (epc.points / g.numel())).to(epc.mean_square.dtype)
     epc.mean_square.lerp_(mean_square, 1 - beta)
     corrected = epc.mean_square / (1 - beta ** epc.steps.to(epc.mean_square.dtype))
-    g.div_(corrected.sqrt().add_(float(group.get("eps", _ADAM_EPS))))
+    g.div_(corrected.sqrt().add_(float(eps) if isinstance(eps, (int, float)) else _ADAM_EPS))
 
 
 def _accumulate(epc: EPC, g: Tensor) -> Tensor:
@@ -93,6 +99,8 @@ def _mobius(epc: EPC, g: Tensor, lr: float | Tensor, adaptive: bool) -> None:
     pp, pg, gg = inner(p, p, dims), inner(p, direction, dims), inner(direction, direction, dims)
     eta = torch.as_tensor(lr, dtype=pp.dtype, device=pp.device)
     a, b = epc.settings.geometry.point_step(pp, pg, gg, eta, epc.radius)
+    known = gg.isfinite()  # ‖direction‖² may overflow where no coordinate does: such a point holds still
+    a, b = torch.where(known, a, 1.0), torch.where(known, b, 0.0)
     p.mul_(a.to(p.dtype)).addcmul_(b.to(p.dtype), direction)
     if epc.momentum is not None and epc.settings.space == "sphere":
         # the step was taken along the tangential part; keep what is tangential at the new point
@@ -121,7 +129,7 @@ class _OnManifold:
         self.epc = epc
         root = epc.radius**0.5
         self.root = root.reshape(-1, 1).to(g) if isinstance(root, Tensor) else root
-        self.manifold = epc.settings.geometry.manifold().to(g)
+        self.manifold = _MANIFOLDS[epc.settings.space]().to(g)
         self.point = self.root * _flatten(epc, epc.point)
         self.gradient = self.manifold.egrad2rgrad(self.point, _flatten(epc, g))
         self.momentum = None if epc.momentum is None else _flatten(epc, epc.momentum)

@@ -60,6 +60,10 @@ def binary_convolutions(module: nn.Module, name: str) -> bool:
     cls = own_class(module)
     if cls.__module__.split(".")[0] in _LIBRARIES:
         return False
+    if (
+        cls.__module__ == "hbnn_plugin.binarize" and cls.__name__ == "SignConv2d"
+    ):  # fused: its weight is binary for good
+        return False
     if isinstance(module, _ConvNd):
         return True
     return _weight_of(module) is not None and _calls_convolution(cls)

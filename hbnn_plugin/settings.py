@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from numbers import Real
+from typing import Any, Literal, get_args
 
 from . import ball, sphere
 from .scalars import Space
 
-__all__ = ["DEFAULT_RADIUS", "Settings"]
+__all__ = ["DEFAULT_RADIUS", "Order", "Per", "Rule", "Settings", "SpaceName"]
 
 _SPACES: dict[str, Space] = {"ball": ball, "sphere": sphere}
 DEFAULT_RADIUS = {"ball": 0.05, "sphere": 1.0}
 """[HBNN] Table I: HBNN (ball) is best at 0.05, SBNN (sphere) at 1.0."""
 
-_CHOICES = {
-    "space": ("ball", "sphere"),
-    "per": ("layer", "filter"),
-    "rule": ("mobius", "riemannian", "riemannian-adam", "fixed"),
-    "order": ("simultaneous", "alternating"),
-}
+SpaceName = Literal["ball", "sphere"]
+Per = Literal["layer", "filter"]
+Rule = Literal["mobius", "riemannian", "riemannian-adam", "fixed"]
+Order = Literal["simultaneous", "alternating"]
+_CHOICES = {"space": get_args(SpaceName), "per": get_args(Per), "rule": get_args(Rule), "order": get_args(Order)}
 
 
 @dataclass(frozen=True)
 class Settings:
     """One layer's choices; :func:`hbnn_plugin.apply` says what each means. Raises ValueError or TypeError."""
 
-    space: Literal["ball", "sphere"] = "ball"
+    space: SpaceName = "ball"
     radius: float = DEFAULT_RADIUS["ball"]
-    per: Literal["layer", "filter"] = "filter"
-    rule: Literal["mobius", "riemannian", "riemannian-adam", "fixed"] = "mobius"
-    order: Literal["simultaneous", "alternating"] = "simultaneous"
+    per: Per = "filter"
+    rule: Rule = "mobius"
+    order: Order = "simultaneous"
     relative: bool = False
     start: float = 0.0
     point_lr: float = 1.0
@@ -51,10 +51,15 @@ class Settings:
             ("point_decay", 0.0, math.inf),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number, not {value!r}")
+            object.__setattr__(self, name, float(value))
             if not (low <= value <= high) or not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number from {low:g} to {high:g}, not {value!r}")
+        if not isinstance(self.relative, bool):
+            raise TypeError(f"relative must be True or False, not {self.relative!r}")
+        if self.rule == "riemannian-adam" and self.point_momentum:
+            raise ValueError("rule='riemannian-adam' has a momentum of its own: leave point_momentum at 0")
         if self.radius == 0:
             raise ValueError("radius must be positive, not 0; a radius of 1e-12 is Euclidean for every purpose")
         if self.point_momentum == 1:

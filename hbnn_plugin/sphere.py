@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 
-import geoopt
 import torch
 from torch import Tensor
 
 from .scalars import PointGradient, Radius, Slopes
 
-__all__ = ["exp", "exp_slopes", "log", "manifold", "point_gradient", "point_step"]
+__all__ = ["delicate", "exp", "exp_slopes", "log", "point_gradient", "point_step"]
 
 _SERIES_BELOW = 1e-3  # of y = t², as in the ball
 
@@ -60,17 +59,28 @@ def exp_slopes(pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> Slopes:
     )
 
 
-def log(pp: Tensor, xx: Tensor, px: Tensor, dd: Tensor, r: Radius) -> tuple[Tensor, Tensor]:
-    r"""Coefficients (a, b) of log_p(x) = (t/sin t)(x − cos(t) p) = a p + b x, t the angle between p and x, ‖x‖ = ‖p‖.
+def log(pp: Tensor, xx: Tensor, px: Tensor, dd: Tensor, ss: Tensor, r: Radius) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Coefficients (a, b, c) of log_p(x) = (t/sin t)(x − cos(t) p) = a p + b (x − p) + c (x + p).
 
-    ``dd`` is ‖x − p‖², measured on the vectors: t = 2 arcsin(√(r·dd)/2) holds its digits where x is close to p.
-    At the antipode of p, where every direction leads, the coefficients stay finite.
+    t is the angle between p and x, ‖x‖ = ‖p‖. ``dd`` = ‖x − p‖² and ``ss`` = ‖x + p‖² are measured on the vectors, so
+    that nothing cancels where x is close to p or to its antipode. At the antipode itself, where every direction leads,
+    the result is finite.
     """
-    half = ((r * dd).clamp(min=0.0).sqrt() / 2).clamp(max=1.0)
-    angle = 2 * half.asin()
-    ratio = angle / angle.sin().clamp(min=1e-9)
-    ratio = torch.where(angle < 1e-4, 1 + angle**2 / 6, ratio)
-    return -ratio * angle.cos(), ratio
+    angle = 2 * torch.atan2(dd.sqrt(), ss.sqrt())
+    sine = r * (dd * ss).sqrt() / 2
+    ratio = torch.where(angle < 1e-4, 1 + angle**2 / 6, angle / sine.clamp(min=1e-12))
+    near = dd < ss
+    zero = torch.zeros_like(ratio)
+    return (
+        torch.where(near, ratio * r * dd / 2, -ratio * r * ss / 2),
+        torch.where(near, ratio, zero),
+        torch.where(near, zero, ratio),
+    )
+
+
+def delicate(pp: Tensor, r: Radius) -> Tensor:
+    """Whether a point's inner products are wanted in float64: nothing nearly cancels on the sphere."""
+    return torch.zeros_like(pp, dtype=torch.bool)
 
 
 def point_gradient(gram: Tensor, r: Radius) -> PointGradient:
@@ -117,8 +127,3 @@ def point_step(pp: Tensor, pg: Tensor, gg: Tensor, step: Tensor, r: Radius) -> t
     new = (a * a * pp + 2 * a * b * pg + b * b * gg).clamp(min=1e-300)
     shrink = (r * new).rsqrt()
     return a * shrink, b * shrink
-
-
-def manifold() -> geoopt.SphereExact:
-    """geoopt's sphere of radius r = 1, the home of √r p."""
-    return geoopt.SphereExact()

@@ -28,14 +28,14 @@ from .parametrization import EPC, alive
 from .recovery import Recovered, pull_back, recover
 from .rules import Move, move
 
-__all__ = ["install", "moving_clusters", "step_points"]
+__all__ = ["PointStep", "held_clusters", "install", "step_points"]
 
 _open = threading.local()
 
 
-def moving_clusters(optimizer: Optimizer) -> list[tuple[EPC, dict[str, Any]]]:
-    """The clusters whose latents this optimizer holds, each with the latent's parameter group; fixed ones left out."""
-    clusters = [epc for epc in alive() if epc.settings.rule != "fixed"]
+def held_clusters(optimizer: Optimizer) -> list[tuple[EPC, dict[str, Any]]]:
+    """The clusters whose latents this optimizer holds, each with the latent's parameter group."""
+    clusters = alive()
     if not clusters:
         return []
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
@@ -67,21 +67,23 @@ class _Pending:
             self.epc.moves += 1
             _restore(self.epc, self.landing)
             return
-        if "lr" not in self.group or self.group["lr"] is None:
+        if self.group.get("lr") is None:
             raise RuntimeError(
                 f"{self.epc.name}: its weight's parameter group has no learning rate 'lr', so its point's is unknown; "
                 "put an 'lr' into the group, or apply with rule='fixed'"
             )
         lr = self.group["lr"] * self.group.get("point_lr", self.epc.settings.point_lr)
+        if self.group.get("maximize"):
+            lr = -lr
         move(Move(self.epc, self.found.gradient, self.found.valid, lr, self.group))
 
 
-class _Step:
+class PointStep:
     """The points' part of one optimizer step: :meth:`gather`, then the optimizer, then :meth:`finish`."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.clusters = moving_clusters(optimizer)
+        self.clusters = [(epc, group) for epc, group in held_clusters(optimizer) if epc.settings.rule != "fixed"]
         self.pending: dict[int, _Pending] = {}
         self._evaluations = 0
 
@@ -177,20 +179,20 @@ def step_points(optimizer: Optimizer) -> None:
 
     For optimizers that do not fire torch's step hooks: call it right before ``optimizer.step()``.
     """
-    step = _Step(optimizer)
+    step = PointStep(optimizer)
     step.gather()
     step.finish()
 
 
-def _stack() -> list[_Step]:
+def _stack() -> list[PointStep]:
     """The steps in progress on this thread, outermost first."""
     if not hasattr(_open, "steps"):
         _open.steps = []
-    steps: list[_Step] = _open.steps
+    steps: list[PointStep] = _open.steps
     return steps
 
 
-def _begin(optimizer: Optimizer, closure: object) -> _Step | None:
+def _begin(optimizer: Optimizer, closure: object) -> PointStep | None:
     """Open the points' part of a step of ``optimizer``; None if it holds no latent."""
     stack = _stack()
     for depth, step in enumerate(stack):
@@ -200,7 +202,7 @@ def _begin(optimizer: Optimizer, closure: object) -> _Step | None:
                 return step
             del stack[depth:]
             break
-    step = _Step(optimizer)
+    step = PointStep(optimizer)
     if not step.clusters:
         return None
     for epc, _ in step.clusters:
@@ -210,6 +212,8 @@ def _begin(optimizer: Optimizer, closure: object) -> _Step | None:
 
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if getattr(optimizer, "steps_points_itself", False):
+        return None
     closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
     closure = closure if callable(closure) else None
     if getattr(closure, "points_of", None) is optimizer:  # super().step(closure)
