@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     trained = predict(model, test)
     hbnn_plugin.fuse(model)
     difference = (predict(model, test) - trained).abs().max().item()
+    if difference > 1e-3:
+        raise SystemExit(f"the fused network's outputs differ from the trained one's by {difference:g}")
     print(f"\nFused into a plain network; its outputs differ from the trained one's by {difference:g} at most.")
     picture(args.out, accuracies, flips)
     print(f"Picture: {args.out}")

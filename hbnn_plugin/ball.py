@@ -114,7 +114,8 @@ def delicate(pp: Tensor, r: Radius) -> Tensor:
 def log(pp: Tensor, xx: Tensor, px: Tensor, dd: Tensor, ss: Tensor, r: Radius) -> tuple[Tensor, Tensor, Tensor]:
     r"""Coefficients (a, b, c) of log_p(x) = (2/(√r λ_p)) artanh(√r‖u‖) u/‖u‖ = a p + b (x − p) + c (x + p).
 
-    ``dd`` = ‖x − p‖² is measured on the vectors: with u = (−p) ⊕ x, √r‖u‖ = √(r·dd/D) holds its digits where x is close to p. c is 0.
+    ``dd`` = ‖x − p‖² is measured on the vectors: √r‖u‖ = √(r·dd/D), u = (−p) ⊕ x, holds its digits where x is close
+    to p. c is 0.
     """
     room_p, room_x = _room(pp, r), _room(xx, r)
     d = (1 - 2 * r * px + r * r * pp * xx).clamp(min=1e-24)

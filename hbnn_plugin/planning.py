@@ -94,7 +94,7 @@ def _no_weight(module: nn.Module) -> str:
 
 
 def _broken_ties(model: nn.Module, layers: list[Selected]) -> list[str]:
-    """Weights that a layer outside the selection, or an earlier apply, also uses: it would get the latent for a weight."""
+    """Selected weights that another layer uses too: not selected, it would take the latent for a weight."""
     problems = []
     chosen = {(id(s.module), s.tensor_name) for s in layers}
     by_weight = {id(s.weight): s for s in layers if s.tensor_name in s.module._parameters}

@@ -53,7 +53,8 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number, not {value!r}")
-            object.__setattr__(self, name, float(value))
+            value = float(value)  # NumPy's numbers too
+            object.__setattr__(self, name, value)
             if not (low <= value <= high) or not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number from {low:g} to {high:g}, not {value!r}")
         if not isinstance(self.relative, bool):

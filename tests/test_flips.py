@@ -182,7 +182,8 @@ class NeedsMore(IrConv):
 
 def test_a_host_that_wants_other_inputs_is_counted_by_the_sign_of_its_weight() -> None:
     layer = NeedsMore(3, 4, 3)
-    hbnn_plugin.apply(layer)
+    with pytest.warns(UserWarning, match="^NeedsMore: could not be run on a small input.*sign of its weight"):
+        hbnn_plugin.apply(layer)
     assert convolved_weight(layer, (4, 3, 3, 3), layer.weight) is None
     positive = int((layer.weight > 0).sum())
     with torch.no_grad():
@@ -213,7 +214,7 @@ class Rounding(IrConv):
         return w.sign().detach() - w.detach() + w
 
 
-@pytest.mark.parametrize("host", [*EVERY_HOST, Rounding, WithState, NeedsMore], ids=lambda h: h.__name__)
+@pytest.mark.parametrize("host", [*EVERY_HOST, Rounding, WithState], ids=lambda h: h.__name__)
 def test_binary_layers_are_not_reported(host: Any) -> None:
     applied(host)  # warnings are errors here
     hbnn_plugin.apply(tiny_net(host), space="sphere", per="layer")
