@@ -134,6 +134,7 @@ class EPC(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The latent whose weight is ``weight``; outside the ball, its direction at the edge, with a warning."""
         latent, outside = self.latent_of(weight)
+        self._watch = (self._watch[0], 0, None)  # this change is not an optimizer's
         if outside:
             edge = "on the sphere" if self.settings.space == "sphere" else "inside the ball"
             warnings.warn(
