@@ -22,7 +22,7 @@ from torch import Tensor
 from . import ball
 from .scalars import Radius, Space
 
-__all__ = ["combine", "exp_map", "inner", "log_map", "mobius_add", "mobius_scale", "working_dtype"]
+__all__ = ["combine", "exp_map", "inner", "log_map", "mobius_add", "mobius_scale", "scalar_dtype", "working_dtype"]
 
 Dims = tuple[int, ...]
 
@@ -32,17 +32,18 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def _scalar_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """float64 for what is one number a point, but on Apple's GPUs, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def inner(x: Tensor, y: Tensor, dims: Dims, exact: bool = False) -> Tensor:
     """⟨x, y⟩ over ``dims`` (kept with size 1) as float64, summed in the tensors' dtype or, if ``exact``, in float64."""
-    scalar_dtype = _scalar_dtype(x.device)
+    wide = scalar_dtype(x.device)
     if exact:
-        x, y = x.to(scalar_dtype), y.to(scalar_dtype)
+        x, y = x.to(wide), y.to(wide)
     # Not vector_norm: on a CPU it sums sequentially and loses four digits over a layer of 2 million float32 weights.
-    return (x * y).sum(dims, keepdim=True).to(scalar_dtype)
+    return (x * y).sum(dims, keepdim=True).to(wide)
 
 
 def _gram(p: Tensor, v: Tensor, dims: Dims, exact: bool) -> Tensor:
@@ -82,7 +83,7 @@ class _Exp(torch.autograd.Function):
             taming = torch.ones_like(gram[0])
             careful = not bool(((gram.abs() < 1e200) & ~space.delicate(gram[0], r)).all())
         if careful:
-            taming = _taming(v, dims).to(_scalar_dtype(v.device))
+            taming = _taming(v, dims).to(scalar_dtype(v.device))
             v = v * taming.to(v.dtype)
             gram = _gram(p, v, dims, exact=True)
         alpha, beta = space.exp(gram[0], gram[1], gram[2], r)

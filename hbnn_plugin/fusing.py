@@ -32,10 +32,12 @@ def fuse(model: M) -> M:
             changed).
     """
     layers = applied_layers(model)
-    for name, (module, tensor_name, _) in layers.items():
+    for name, (module, tensor_name, epc) in layers.items():
         bad = int((~getattr(module, tensor_name).isfinite()).sum())
         if bad:
             raise ValueError(f"{name}: its weight holds {bad} non-finite value(s); nothing was fused")
+        if sum(other is epc for _, _, other in layers.values()) < epc.layers:
+            raise ValueError(f"{name}: its weight is tied to a layer outside of this model; fuse the whole model")
     weights = {id(epc): getattr(module, tensor_name).clone() for module, tensor_name, epc in layers.values()}
     latents = {id(epc): epc.latent for _, _, epc in layers.values()}
     for module, tensor_name, epc in layers.values():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .ball import MARGIN
-from .epc import combine, exp_map, inner, log_map, mobius_scale, working_dtype
+from .epc import combine, exp_map, inner, log_map, mobius_scale, scalar_dtype, working_dtype
 from .scalars import Radius
 from .settings import Settings
 
@@ -93,6 +93,7 @@ class EPC(nn.Module):
         every = tuple(range(len(self.shape)))
         self.dims = every if settings.per == "layer" else tuple(d for d in every if d not in unit_dims)
         self.owner: tuple[ParametrizationList] | None = None  # in a tuple, so that it is not taken for a submodule
+        self.layers = 1  # more for tied weights
         self.moves = 0
         self.hooked = False  # whether an optimizer that fires torch's step hooks holds the latent
         self.reference_is_stale = False
@@ -120,7 +121,7 @@ class EPC(nn.Module):
         """r in the weight's own units: x = s·EPC(v/s) is EPC in the ball of radius r/s²."""
         if self.scale is None:
             return self.settings.radius
-        return self.settings.radius / self.scale.double() ** 2
+        return self.settings.radius / self.scale.to(scalar_dtype(self.scale.device)) ** 2
 
     def forward(self, latent: Tensor) -> Tensor:
         """The weight exp_p(v): shape and dtype of the latent."""

@@ -12,7 +12,7 @@ from .binarize import binarize_model, plan_binarization
 from .checkpoint import install_hooks
 from .convolved import convolved_weight, is_two_valued, pack_bits
 from .flips import binary_bits
-from .parametrization import EPC
+from .parametrization import EPC, find
 from .planning import Plan, check_model, make_plan
 from .selection import Predicate, Selected
 from .settings import DEFAULT_RADIUS, Order, Per, Rule, Settings, SpaceName
@@ -192,6 +192,7 @@ def _tie(layer: Selected, first: Selected) -> None:
     """Let a tied weight share latent and point: registering again would take the inverse of the latent."""
     parametrize.register_parametrization(layer.module, layer.tensor_name, _Identity())
     _parametrizations(layer)[layer.tensor_name] = _parametrizations(first)[first.tensor_name]
+    find(first.module)[first.tensor_name].layers += 1
 
 
 def _parametrizations(layer: Selected) -> nn.ModuleDict:

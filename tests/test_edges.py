@@ -60,6 +60,14 @@ def test_applying_to_the_other_end_of_a_tie_is_refused() -> None:
         hbnn_plugin.apply(model, where=hbnn_plugin.by_name("^b$"))
 
 
+def test_fusing_one_end_of_a_tie_is_refused() -> None:
+    model = hbnn_plugin.apply(Pair())
+    with pytest.raises(ValueError, match="tied to a layer outside"):
+        hbnn_plugin.fuse(model.a)
+    hbnn_plugin.fuse(model)
+    assert model.a.weight is model.b.weight
+
+
 def test_old_style_parametrizations_are_refused() -> None:
     model = tiny_net()
     nn.utils.spectral_norm(model.conv1)
