@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+TESTS = ("tests/test_map.py", "tests/test_map_torch.py")
 
 MUTATIONS = [
     ("ball.py", "alpha=1 + b * theta_squared / d,", "alpha=1 + theta_squared / d,", "forward: B left out of α"),
@@ -42,7 +43,7 @@ def main() -> None:
             if text.count(good) != 1:
                 sys.exit(f"{name} no longer holds {good!r} exactly once; renew the mutation")
             path.write_text(text.replace(good, bad))
-            command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/test_map.py"]
+            command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *TESTS]
             done = subprocess.run(command, cwd=copy, env={**os.environ, "PYTHONPATH": folder}, capture_output=True)
             caught = done.returncode == 1
             survivors += not caught

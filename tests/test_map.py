@@ -12,9 +12,9 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from hbnn_plugin import ball, exp_map, log_map, mobius_add, mobius_scale, sphere
+from map_points import SPACES, inside, on_sphere
 
 RADII = (0.01, 0.05, 1.0, 5.0)
-SPACES = {"ball": ball, "sphere": sphere}
 
 
 def vectors(points: int = 3, size: int = 5) -> st.SearchStrategy[Tensor]:
@@ -22,20 +22,9 @@ def vectors(points: int = 3, size: int = 5) -> st.SearchStrategy[Tensor]:
     return arrays(float, (points, size), elements=st.floats(-1, 1, width=32)).map(torch.from_numpy)
 
 
-def inside(direction: Tensor, share: float, radius: float) -> Tensor:
-    """Points at ``share`` of the way to the ball's edge (the origin for a zero direction)."""
-    norm = direction.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 0, direction / norm.clamp(min=1e-30), 0.0) * share / radius**0.5
-
-
 def geoopt_ball(radius: float) -> geoopt.PoincareBallExact:
     # geoopt keeps a Python float in float32, which would cost seven digits
     return geoopt.PoincareBallExact(c=torch.tensor(radius, dtype=torch.float64))
-
-
-def on_sphere(direction: Tensor, radius: float) -> Tensor:
-    direction = direction + torch.eye(direction.shape[0], direction.shape[1], dtype=direction.dtype) * 1e-3 + 1e-2
-    return direction / direction.norm(dim=-1, keepdim=True) / radius**0.5
 
 
 def geoopt_sphere_exp(p: Tensor, v: Tensor, radius: float) -> Tensor:
@@ -188,70 +177,6 @@ def test_gradcheck_first_and_second_order(space: str, scale: float) -> None:
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [1, 5])
-@pytest.mark.parametrize("reach", [0.0, 0.5, 0.999])
-def test_finite_with_finite_gradients_for_whatever_the_dtype_can_hold(
-    space: str, dtype: torch.dtype, size: int, reach: float
-) -> None:
-    r = 0.05
-    info = torch.finfo(dtype)
-    working = torch.float64 if dtype == torch.float64 else torch.float32
-    direction = torch.ones(1, size, dtype=working)
-    p = inside(direction, 1.0 if space == "sphere" else reach, r).requires_grad_()
-    for magnitude in (
-        0.0,
-        info.smallest_normal,
-        info.tiny * 4,
-        1e-3,
-        1.0,
-        100.0,
-        info.max**0.5,
-        info.max / 4,
-        info.max,
-    ):
-        for sign in (1.0, -1.0):
-            v = torch.full((1, size), magnitude, dtype=dtype).mul_(sign).requires_grad_()
-            x = exp_map(p, v, r, SPACES[space])
-            assert x.dtype == dtype and bool(x.isfinite().all()), (magnitude, sign, x)
-            grad_p, grad_v = torch.autograd.grad(x.to(working).sum(), (p, v))
-            assert grad_p.isfinite().all() and grad_v.isfinite().all(), (magnitude, sign, grad_p, grad_v)
-            if space == "ball":
-                # with p at the margin and v straight through the origin, float32's rounding is 1e-4 of the radius
-                slack = 1e-12 if dtype == torch.float64 else 1e-3
-                assert float(x.detach().double().norm()) <= r**-0.5 * (1 + slack)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_float32_inside(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(3)
-    v = torch.randn(4, 9, generator=generator).to(dtype)
-    p = inside(torch.randn(4, 9, generator=generator), 0.99, 0.05)
-    assert torch.equal(exp_map(p, v, 0.05), exp_map(p, v.float(), 0.05).to(dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(exp_map(p, v.float(), 0.05), exp_map(p.double(), v.float(), 0.05))
-        assert exp_map(p, v.float(), 0.05).dtype == torch.float32
-
-
-def test_float32_loses_nothing_against_float64() -> None:
-    """1e-5 relative, gradients included, for a whole layer in one point and for one point a filter."""
-    generator = torch.Generator().manual_seed(4)
-    for shape, dims, size in (((1, 500_000), (-1,), 3.0), ((64, 4608), (-1,), 1.4)):
-        v = torch.randn(shape, generator=generator)
-        v = (v / v.norm(dim=-1, keepdim=True) * size).requires_grad_()
-        p = inside(torch.randn(shape, generator=generator), 0.3, 0.05).requires_grad_()
-        upstream = torch.randn(shape, generator=generator)
-        exact = [t.detach().double().requires_grad_() for t in (p, v)]
-        x, y = exp_map(p, v, 0.05, ball, dims), exp_map(*exact, 0.05, ball, dims)
-        pairs = [
-            (x, y),
-            *zip(torch.autograd.grad(x, (p, v), upstream), torch.autograd.grad(y, exact, upstream.double())),
-        ]
-        for mine, reference in pairs:
-            assert float(((mine.double() - reference).norm() / reference.norm()).detach()) < 1e-5
-
-
 def test_one_radius_a_point() -> None:
     generator = torch.Generator().manual_seed(5)
     p, v = (torch.randn(3, 4, dtype=torch.float64, generator=generator) * 0.3 for _ in range(2))
@@ -273,60 +198,6 @@ def test_several_dimensions_make_one_point() -> None:
     assert torch.allclose(exp_map(p, v, 0.05, ball, (1, 2, 3)), flat, atol=1e-6)
     channels_last = exp_map(*(t.contiguous(memory_format=torch.channels_last) for t in (p, v)), 0.05, ball, (1, 2, 3))
     assert torch.allclose(channels_last, flat, atol=1e-6)
-
-
-@pytest.mark.parametrize("space", SPACES)
-def test_vmap_over_points_and_its_gradients(space: str) -> None:
-    generator = torch.Generator().manual_seed(8)
-    geometry, r = SPACES[space], 0.3
-    v = torch.randn(5, 6, dtype=torch.float64, generator=generator)
-    p = on_sphere(v.flip(1), r) if space == "sphere" else inside(v.flip(1), 0.5, r)
-
-    def one(p: Tensor, v: Tensor) -> Tensor:
-        return exp_map(p, v, r, geometry)
-
-    assert torch.allclose(torch.func.vmap(one)(p, v), one(p, v), atol=1e-14)
-    assert torch.allclose(torch.func.vmap(one, (None, 0))(p[0], v), one(p[:1].expand_as(v), v), atol=1e-14)
-
-    def loss(v: Tensor, p: Tensor) -> Tensor:
-        return one(p, v).pow(3).sum()
-
-    batched = torch.func.vmap(torch.func.grad(loss))(v, p)
-    assert torch.allclose(batched, torch.stack([torch.func.grad(loss)(a, b) for a, b in zip(v, p)]), atol=1e-12)
-
-    def curvature(v: Tensor, p: Tensor) -> Tensor:
-        return torch.func.grad(lambda u: torch.func.grad(loss)(u, p).sum())(v)
-
-    second = torch.func.vmap(curvature)(v, p)
-    assert torch.allclose(second, torch.stack([curvature(a, b) for a, b in zip(v, p)]), atol=1e-10)
-
-
-def test_vmap_with_one_radius_a_point() -> None:
-    generator = torch.Generator().manual_seed(9)
-    p, v = (torch.randn(4, 6, dtype=torch.float64, generator=generator) * 0.2 for _ in range(2))
-    r = torch.tensor([0.05, 0.1, 0.5, 1.0], dtype=torch.float64)
-    assert torch.allclose(torch.func.vmap(exp_map)(p, v, r[:, None]), exp_map(p, v, r[:, None]), atol=1e-14)
-
-
-@pytest.mark.parametrize("space", SPACES)
-def test_compiles_in_one_graph_with_equal_values_and_gradients(space: str) -> None:
-    generator = torch.Generator().manual_seed(10)
-    geometry, r = SPACES[space], 0.05
-    v = torch.randn(4, 3, 3, 3, generator=generator)
-    flat = v.flatten(1).flip(1)
-    p = (on_sphere(flat, r) if space == "sphere" else inside(flat, 0.3, r)).reshape(v.shape)
-
-    def function(p: Tensor, v: Tensor) -> Tensor:
-        return exp_map(p, v, r, geometry, (1, 2, 3))
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    outputs = []
-    for f in (function, compiled):
-        latent = v.clone().requires_grad_()
-        x = f(p, latent)
-        outputs.append((x.detach(), torch.autograd.grad(x.pow(2).sum(), latent)[0]))
-    for mine, reference in zip(*outputs, strict=True):
-        assert torch.allclose(mine, reference, rtol=1e-5, atol=1e-5)
 
 
 def test_point_steps_stay_inside_however_large() -> None:

@@ -1,0 +1,120 @@
+"""fuse gives back the plain host, which convolves with the very weights that were trained."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.utils import parametrize
+from torch.optim import SGD
+
+import hbnn_plugin
+from tiny_hosts import IrConv, clusters, same_state, state, tiny_net, train
+from training_helpers import Doubled, applied, each_geometry, each_host, output, trained
+
+
+@each_geometry
+@each_host
+def test_fuse_gives_back_the_host(host: Any, options: dict[str, Any]) -> None:
+    net, plain = tiny_net(host), tiny_net(host)
+    identities = {name: id(p) for name, p in net.named_parameters()}
+    hbnn_plugin.apply(net, **options)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    train(net, optimizer, 2)
+    expected = output(net)
+    latent = {name: epc.latent.detach().clone() for name, epc in clusters(net).items()}
+    assert hbnn_plugin.fuse(net) is net
+    assert torch.equal(output(net), expected)
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert [type(m) for m in net.modules()] == [type(m) for m in plain.modules()]
+    assert [name for name, _ in net.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert {name: id(p) for name, p in net.named_parameters()} == identities
+    weight = next(p for p in net.conv1.parameters() if p.ndim > 1)
+    assert weight.shape == latent["conv1"].shape
+    assert not torch.equal(weight, latent["conv1"])
+    for module, other in zip(net.modules(), plain.modules()):
+        for hooks in ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_forward_pre_hooks"):
+            assert len(getattr(module, hooks)) == len(getattr(other, hooks))
+    plain.load_state_dict(net.state_dict())
+    assert torch.equal(output(plain), expected)
+    torch.save(net, io.BytesIO())
+    net.train()
+    train(net, optimizer, 1)  # the optimizer trains on, as a plain host's would
+    assert not torch.equal(output(net), expected)
+
+
+@each_host
+def test_fusing_a_copy_leaves_the_original_working(host: Any) -> None:
+    net, reference = trained(host), trained(host)
+    before = state(net)
+    fused = hbnn_plugin.fuse(copy.deepcopy(net))
+    assert torch.equal(output(fused), output(net))
+    assert same_state(state(net), before)
+    for model in (net, reference):
+        model.train()
+        train(model, SGD(model.parameters(), lr=0.1), 2, first=2)
+    assert same_state(state(net), state(reference))
+    assert not clusters(fused)
+    hbnn_plugin.fuse(net)
+    assert not torch.equal(output(net), output(fused))
+    assert torch.equal(output(fused), output(trained(host)))
+
+
+def test_a_fused_model_can_be_applied_again() -> None:
+    net = trained()
+    expected = output(net)
+    hbnn_plugin.apply(hbnn_plugin.fuse(net), space="sphere")
+    assert torch.equal(output(net), expected)
+    assert hbnn_plugin.flip_ratio(net).total == 0
+
+
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_somebody_elses_parametrization_of_the_bias_stays(first: str) -> None:
+    net = tiny_net()
+    bias = net.conv1.bias.detach().clone()
+    if first == "theirs":
+        parametrize.register_parametrization(net.conv1, "bias", Doubled())
+    hbnn_plugin.apply(net)
+    if first == "ours":
+        parametrize.register_parametrization(net.conv1, "bias", Doubled())
+    train(net, SGD(net.parameters(), lr=0.1), 2)
+    expected = output(net)
+    other = copy.deepcopy(net)
+    hbnn_plugin.fuse(net)
+    assert torch.equal(output(net), expected)
+    assert torch.equal(output(other), expected)
+    assert parametrize.is_parametrized(net.conv1, "bias")
+    assert not parametrize.is_parametrized(net.conv1, "weight")
+    assert not torch.equal(net.conv1.bias, bias)
+    net.conv1.bias = bias
+    assert torch.equal(net.conv1.bias, bias)
+    parametrize.remove_parametrizations(net.conv1, "bias")
+    assert type(net.conv1) is IrConv
+    assert torch.equal(net.conv1.bias, bias)
+    train(other.train(), SGD(other.parameters(), lr=0.1), 1)
+
+
+def test_fuse_refuses_a_weight_that_is_not_finite() -> None:
+    net = trained()
+    clusters(net)["conv2"].latent.data[1, 0, 0, 0] = torch.nan
+    before, classes = state(net), [type(m) for m in net.modules()]
+    with pytest.raises(ValueError, match=r"conv2: its weight holds 45 non-finite value\(s\); nothing was fused"):
+        hbnn_plugin.fuse(net)
+    assert same_state(state(net), before)
+    assert [type(m) for m in net.modules()] == classes
+
+
+def test_a_fused_models_points_are_stepped_by_nobody() -> None:
+    net = applied()
+    epcs = clusters(net)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    train(net, optimizer, 1)
+    before = {name: epc.point.clone() for name, epc in epcs.items()}
+    hbnn_plugin.fuse(net)
+    train(net, optimizer, 1)
+    assert all(torch.equal(epc.point, before[name]) for name, epc in epcs.items())
+    with pytest.raises(ValueError, match="has no exponential parametrization"):
+        hbnn_plugin.flip_ratio(net)

@@ -1,0 +1,69 @@
+"""Optimizers that fire no step hooks: reported, and mended by step_points."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.optim import SGD, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import hbnn_plugin
+from tiny_hosts import BINARY_LAYERS, batch, loss_of, points, train
+from training_helpers import applied, steps
+
+
+class BareSgd(Optimizer):
+    """Skips super().__init__()."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        self.defaults = {"lr": lr}
+        self.state = defaultdict(dict)
+        self.param_groups = [{"params": list(params), "lr": lr}]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.sub_(self.param_groups[0]["lr"] * p.grad)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+
+def test_an_optimizer_without_hooks_is_reported_once_a_layer() -> None:
+    net = applied()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(net, BareSgd(net.parameters(), lr=0.1), 8)
+    messages = [str(w.message) for w in caught]
+    assert [m.split(":")[0] for m in messages] == list(BINARY_LAYERS)
+    assert all("step_points" in m and "ClusterSGD" in m for m in messages)
+    assert steps(net) == [0, 0]
+
+
+def test_step_points_steps_for_an_optimizer_without_hooks() -> None:
+    net, reference = applied(), applied()
+    train(reference, SGD(reference.parameters(), lr=0.1), 5)
+    optimizer = BareSgd(net.parameters(), lr=0.1)
+    for seed in range(5):
+        optimizer.zero_grad()
+        loss_of(net, seed).backward()
+        hbnn_plugin.step_points(optimizer)
+        optimizer.step()
+    for name in BINARY_LAYERS:
+        torch.testing.assert_close(points(net)[name], points(reference)[name])
+
+
+def test_no_such_report_for_an_averaged_teacher_in_training_mode() -> None:
+    student = applied()
+    teacher = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.5)).train()
+    optimizer = SGD(student.parameters(), lr=0.1)
+    for seed in range(8):
+        train(student, optimizer, 1, first=seed)
+        teacher.update_parameters(student)
+        with torch.no_grad():
+            teacher(batch(seed)[0])

@@ -1,0 +1,169 @@
+"""Layers of every kind, shape and dtype, and layers that share a weight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import hbnn_plugin
+from hbnn_plugin import by_class
+from tiny_hosts import (
+    HardBinaryConv,
+    HostConv,
+    IrConv,
+    RecuConv,
+    ScaledConv,
+    SimanConv,
+    batch,
+    clusters,
+    loss_of,
+    ste_sign,
+    tiny_net,
+    train,
+)
+
+
+def tied_net(host: type[HostConv]) -> nn.Sequential:
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), host(4, 4, 3, padding=1), host(4, 4, 3, padding=1, bias=False), host(4, 4, 3, padding=1)
+    )
+    net[2].weight = net[1].weight
+    return nn.Sequential(net, nn.Flatten(), nn.LazyLinear(4))
+
+
+@pytest.mark.parametrize("host", [IrConv, RecuConv, SimanConv])
+def test_tied_weights_share_their_point_train_and_fuse(host: type[HostConv]) -> None:
+    net = tied_net(host)
+    net(batch()[0])
+    before = net(batch()[0])
+    hbnn_plugin.apply(net)
+    a, b, other = (net[0][i] for i in (1, 2, 3))
+    assert torch.equal(net(batch()[0]), before)
+    assert a.parametrizations.weight is b.parametrizations.weight
+    assert a.parametrizations.weight is not other.parametrizations.weight
+    parameter = a.parametrizations.weight.original
+    optimizer = SGD(net.parameters(), lr=1e-3)
+    for seed in range(2):
+        optimizer.zero_grad()
+        x, y = batch(seed)
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        assert torch.equal(a.weight, b.weight)
+    assert int(a.parametrizations.weight[0].steps) == 2
+    assert all(epc.point.flatten(1).any(1).all() for epc in clusters(net).values())
+    assert len(hbnn_plugin.flip_ratio(net)) == 3
+    x = batch(5)[0]
+    trained = net(x)
+    plain = tied_net(host)
+    plain(x)
+    plain.load_state_dict(hbnn_plugin.plain_state_dict(net.state_dict()))
+    assert torch.equal(plain(x), trained)
+    twin = hbnn_plugin.fuse(copy.deepcopy(net))
+    assert torch.equal(twin(x), trained)
+    hbnn_plugin.fuse(net)
+    assert a.weight is b.weight is parameter
+    assert type(a) is type(b) is host
+    assert torch.equal(net(x), trained)
+
+
+class SignLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.detach().abs().mean(1, keepdim=True) * ste_sign(self.weight), self.bias)
+
+
+class SignConv1d(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(
+            x, self.weight.detach().abs().mean((1, 2), keepdim=True) * ste_sign(self.weight), self.bias
+        )
+
+
+class SignConv3d(nn.Conv3d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, ste_sign(self.weight), self.bias)
+
+
+class SignTransposed(nn.ConvTranspose2d):
+    """Scaled for each output channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        by_group = self.weight.unflatten(0, (self.groups, -1))
+        scale = by_group.detach().abs().mean((1, 3, 4), keepdim=True)
+        w = (scale * ste_sign(by_group)).flatten(0, 1)
+        return F.conv_transpose2d(x, w, self.bias, self.stride, self.padding, 0, self.groups)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "linear": (lambda: SignLinear(6, 4), (2, 6), 4),
+    "1-D": (lambda: SignConv1d(4, 6, 3), (2, 4, 7), 6),
+    "1-D dilated": (lambda: SignConv1d(4, 6, 3, dilation=2), (2, 4, 9), 6),
+    "3-D": (lambda: SignConv3d(2, 3, 2), (2, 2, 4, 4, 4), 3),
+    "grouped": (lambda: ScaledConv(4, 6, 3, groups=2), (2, 4, 5, 5), 6),
+    "depthwise": (lambda: ScaledConv(4, 4, 3, groups=4), (2, 4, 5, 5), 4),
+    "pointwise": (lambda: ScaledConv(4, 6, 1), (2, 4, 5, 5), 6),
+    "reflected": (lambda: ScaledConv(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 5, 5), 6),
+    "flat": (lambda: HardBinaryConv(4, 6), (2, 4, 5, 5), 6),
+    "transposed": (lambda: SignTransposed(4, 6, 3), (2, 4, 5, 5), 6),
+    "transposed, grouped": (lambda: SignTransposed(4, 6, 3, groups=2), (2, 4, 5, 5), 6),
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"relative": True, "rule": "riemannian"}, {"space": "sphere"}], ids=["ball", "relative", "sphere"]
+)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_kind_of_layer_has_a_point_for_each_output_unit(kind: str, options: dict[str, Any]) -> None:
+    build, shape, units = LAYERS[kind]
+    torch.manual_seed(0)
+    layer = build()
+    x = torch.rand(shape) + 0.5
+    weight = next(p for p in layer.parameters() if p.ndim > 1)
+    w = weight.detach().clone()
+    expected = []
+    for unit in range(units):
+        y = layer(x)
+        y = y[:, unit] if y.ndim == 2 else y.movedim(1, 0)[unit]
+        (used,) = torch.autograd.grad(y.sum(), weight)
+        expected.append(w[used != 0].norm())
+    assert sum(e.square() for e in expected) == pytest.approx(float(w.square().sum()), rel=1e-5)
+    before, keys, cls = layer(x), list(layer.state_dict()), type(layer)
+    hbnn_plugin.apply(layer, where=by_class(cls), **options)
+    (epc,) = clusters(layer).values()
+    assert epc.points == units
+    if epc.scale is not None:
+        torch.testing.assert_close(epc.scale.flatten(), torch.stack(expected))
+        torch.testing.assert_close(layer(x), before)
+    optimizer = SGD(layer.parameters(), lr=0.1)
+    start = epc.point.clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        (layer(x) * torch.linspace(-1, 1, before.numel()).reshape(before.shape)).sum().backward()
+        optimizer.step()
+    assert not torch.equal(epc.point, start)
+    assert epc.point.isfinite().all()
+    trained = layer(x)
+    hbnn_plugin.fuse(layer)
+    assert torch.equal(layer(x), trained)
+    assert list(layer.state_dict()) == keys
+    assert type(layer) is cls
+    assert next(p for p in layer.parameters() if p.ndim > 1) is weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_points_are_float32_or_better(dtype: torch.dtype) -> None:
+    net = hbnn_plugin.apply(tiny_net(dtype=dtype))
+    assert {epc.point.dtype for epc in clusters(net).values()} == {
+        torch.float64 if dtype == torch.float64 else torch.float32
+    }
+    train(net, SGD(net.parameters(), lr=0.1), 2)
+    assert all(epc.point.any() for epc in clusters(net).values())
+    assert net.conv1.weight.dtype == dtype
+    assert loss_of(net).isfinite()
