@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import ball
-from .scalars import Radius, Space
+from .scalars import Radius, Slopes, Space
 
 __all__ = ["combine", "exp_map", "inner", "log_map", "mobius_add", "mobius_scale", "scalar_dtype", "working_dtype"]
 
@@ -86,8 +86,8 @@ class _Exp(torch.autograd.Function):
             taming = _taming(v, dims).to(scalar_dtype(v.device))
             v = v * taming.to(v.dtype)
             gram = _gram(p, v, dims, exact=True)
-        alpha, beta = space.exp(gram[0], gram[1], gram[2], r)
-        return combine((alpha, beta), (p, v)), torch.cat([gram, taming[None]]), careful
+        slopes = space.exp_slopes(gram[0], gram[1], gram[2], r)
+        return combine((slopes.alpha, slopes.beta), (p, v)), torch.stack([*slopes, taming]), careful
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, bool]) -> None:
@@ -99,12 +99,13 @@ class _Exp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         p, v, scalars = ctx.saved_tensors
-        dims, taming = ctx.dims, scalars[3]
+        dims, (*slopes, taming) = ctx.dims, scalars.unbind()
         if ctx.careful:
             v = v * taming.to(v.dtype)
-        # With grad enabled a second derivative is wanted: let autograd see how the scalars arise.
-        gram = _gram(p, v, dims, exact=True) if torch.is_grad_enabled() else scalars[:3]
-        k = ctx.space.exp_slopes(gram[0], gram[1], gram[2], ctx.r)
+        k = Slopes(*slopes)
+        if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see how the scalars arise
+            gram = _gram(p, v, dims, exact=True)
+            k = ctx.space.exp_slopes(gram[0], gram[1], gram[2], ctx.r)
         a, b = inner(grad, p, dims), inner(grad, v, dims)
         cross = a * k.alpha_q + b * k.beta_q
         grad_p = grad_v = None
