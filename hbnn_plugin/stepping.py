@@ -67,6 +67,11 @@ class _Pending:
             self.epc.moves += 1
             _restore(self.epc, self.landing)
             return
+        if self.group.get("lr") is None:  # a wrapper may have none, if the optimizer inside has one
+            raise RuntimeError(
+                f"{self.epc.name}: its weight's parameter group has no learning rate 'lr', so its point's is unknown; "
+                "put an 'lr' into the group, or apply with rule='fixed'"
+            )
         lr = self.group["lr"] * self.group.get("point_lr", self.epc.settings.point_lr)
         if self.group.get("maximize"):
             lr = -lr

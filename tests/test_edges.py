@@ -204,6 +204,19 @@ def test_models_can_be_copied_while_others_train() -> None:
     assert int(find(model.conv1)["weight"].steps) == 200
 
 
+def test_an_optimizer_without_a_learning_rate_is_told_so() -> None:
+    class NoRate(torch.optim.Optimizer):
+        def __init__(self, params: object) -> None:
+            super().__init__(params, {})  # type: ignore[arg-type]
+
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            pass
+
+    model = hbnn_plugin.apply(tiny_net())
+    with pytest.raises(RuntimeError, match="conv1: its weight's parameter group has no learning rate 'lr'"):
+        one_step(model, NoRate(model.parameters()))
+
+
 def test_options_that_would_be_ignored_are_refused() -> None:
     for options, message in (
         ({"rule": "riemannian-adam", "point_momentum": 0.9}, "momentum of its own"),
