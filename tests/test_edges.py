@@ -213,7 +213,7 @@ def test_an_optimizer_without_a_learning_rate_is_told_so() -> None:
             pass
 
     model = hbnn_plugin.apply(tiny_net())
-    with pytest.raises(RuntimeError, match="conv[12]: its weight's parameter group has no learning rate 'lr'"):
+    with pytest.raises(RuntimeError, match=r"conv[12]: its weight's parameter group has no learning rate 'lr'"):
         one_step(model, NoRate(model.parameters()))
 
 
