@@ -12,7 +12,7 @@ from hosts.common import binary_layers
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["FlipMeter", "comparison"]
+__all__ = ["FlipMeter", "OscillationMeter", "comparison"]
 
 MEAN = "all layers"
 
@@ -29,6 +29,30 @@ class FlipMeter:
         ratios = {name: values.float().mean().item() for name, values in flipped.items()}
         total = sum(int(values.sum()) for values in flipped.values()) / sum(v.numel() for v in flipped.values())
         return {**ratios, MEAN: total}
+
+
+class OscillationMeter:
+    """Which weights flip and flip back: sampled every few steps, the share that changed sign at least twice."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.restart(model)
+
+    def restart(self, model: nn.Module) -> None:
+        """Begin anew, such as with an epoch."""
+        self.last = _binary_values(model)
+        self.changes = {name: torch.zeros_like(values, dtype=torch.int32) for name, values in self.last.items()}
+
+    def sample(self, model: nn.Module) -> None:
+        """Take the binary values as they are now."""
+        now = _binary_values(model)
+        for name, values in now.items():
+            self.changes[name] += values != self.last[name]
+        self.last = now
+
+    def ratio(self) -> float:
+        """Share of all binary weights that changed at least twice between samples."""
+        again = sum(int((changes > 1).sum()) for changes in self.changes.values())
+        return again / sum(changes.numel() for changes in self.changes.values())
 
 
 @torch.no_grad()

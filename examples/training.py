@@ -18,13 +18,15 @@ from hosts import binary_layers
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from flips import FlipMeter
+    from flips import FlipMeter, OscillationMeter
     from hosts import Host
     from images import Images
 
 __all__ = ["Progress", "Recipe", "accuracy", "fit", "make_optimizer", "predict", "progress_bar"]
 
 EVALUATION_BATCH = 500
+OSCILLATION_EVERY = 10
+"""Steps between two looks at the signs."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Progress:
     step: int = 0
     loss_sum: float = 0.0
     seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,12 +82,17 @@ def fit(
     progress: Progress | None = None,
     checkpoint: Callable[[Progress], None] | None = None,
     checkpoint_every: int | None = None,
+    network: Callable[[Tensor], Tensor] | None = None,
+    oscillation: OscillationMeter | None = None,
 ) -> Progress:
     """Train from ``progress`` to the last epoch; test and record after each.
 
-    ``checkpoint`` is called after each epoch, and within one after every ``checkpoint_every`` steps.
+    ``checkpoint`` is called after each epoch, and within one after every ``checkpoint_every`` steps. ``network`` is the
+    model as training calls it, such as ``torch.compile(model)``; by default the model itself. ``oscillation``
+    samples the signs; then each epoch's record holds its ratio, and the flips layer by layer.
     """
     progress = progress or Progress()
+    network = network or model
     steps = train.steps(recipe.batch_size)
     while progress.epoch < recipe.epochs:
         host.set_progress(model, progress.epoch / recipe.epochs)
@@ -93,28 +100,35 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate
         model.train()
+        if oscillation:
+            oscillation.restart(model)
         clock = time.perf_counter() - progress.seconds
         # Summed on the device: reading the loss in every step would make a GPU wait.
         loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float32, device=train.labels.device)
         for images, labels in train.epoch(recipe.seed, progress.epoch, recipe.batch_size, progress.step):
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(network(images), labels)
             loss.backward()
             optimizer.step()
             loss_sum += loss.detach()
             progress.step += 1
             bar.update()
+            if oscillation and progress.step % OSCILLATION_EVERY == 0:
+                oscillation.sample(model)
             if checkpoint and checkpoint_every and progress.step % checkpoint_every == 0 and progress.step < steps:
                 progress.loss_sum, progress.seconds = loss_sum.item(), time.perf_counter() - clock
                 checkpoint(progress)
-        record = {
+        flips = meter.ratios(model)
+        record: dict[str, Any] = {
             "epoch": progress.epoch + 1,
             "lr": rate,
             "train_loss": loss_sum.item() / steps,
             "test_accuracy": accuracy(model, test),
-            "flip_ratio": meter.ratios(model)[MEAN],
+            "flip_ratio": flips.pop(MEAN),
             "seconds": round(time.perf_counter() - clock, 3),
         }
+        if oscillation:
+            record |= {"oscillation": oscillation.ratio(), "flip_ratios": flips}
         if not math.isfinite(record["train_loss"]):
             raise FloatingPointError(
                 f"The training loss is {record['train_loss']} in epoch {record['epoch']}. Try a smaller learning rate."

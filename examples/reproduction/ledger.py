@@ -1,0 +1,43 @@
+"""The file of finished runs: one JSON line each, added and never changed."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["append", "read"]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All lines. A last line that a kill left unfinished is left out; damage anywhere else is an error."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{path}, line {number} is not JSON ({error}). Delete that line; its run repeats."
+            ) from None
+    return records
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add a line, in one write: two processes may share the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, separators=(",", ":")) + "\n"
+    if path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
+        text = "\n" + text  # close a line that a kill left unfinished
+    with path.open("ab", buffering=0) as file:
+        file.write(text.encode())
+        os.fsync(file.fileno())
