@@ -92,7 +92,7 @@ def fit(
     samples the signs; then each epoch's record holds its ratio, and the flips layer by layer.
     """
     progress = progress or Progress()
-    network = network or model
+    network = model if network is None else network  # a compiled model has no truth value
     steps = train.steps(recipe.batch_size)
     while progress.epoch < recipe.epochs:
         host.set_progress(model, progress.epoch / recipe.epochs)
