@@ -18,10 +18,12 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+import checkpoints
 from reproduction import ledger
 from reproduction.arms import ARMS
 from reproduction.experiments import Lines, Study
 from reproduction.presets import PRESETS
+from reproduction.report import draw_differences, table, tuning_table
 from reproduction.runs import Run, execute
 
 RESULTS = Path(__file__).parent / "results"
@@ -66,7 +68,16 @@ def run_missing(study: Study, data: Path, ledger_path: Path, folder: Path, jobs:
                 ledger.append(ledger_path, line)
                 lines.append(line)
                 (folder / f"{run.key}.pt").unlink(missing_ok=True)
-                bar.write(f"{run}: {line['accuracy'][-1]:.2%}")
+                bar.write(f"{run}: {line.get('diverged') or format(line['accuracy'][-1], '.2%')}")
+
+
+def write_report(study: Study, lines: Lines, path: Path) -> None:
+    """``path`` with .md and .png; the tables are printed too."""
+    text = f"{table(study, lines)}\n\nTuning: accuracy on held-out images after the short round → the full one, in %, "
+    text += f"by learning rate and decay.\n\n{tuning_table(study, lines)}\n"
+    checkpoints.write_text(path.with_suffix(".md"), text)
+    draw_differences(study, lines, path.with_suffix(".png"))
+    print(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -82,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--results", type=Path, default=RESULTS, help="folder of the finished runs' lines (%(default)s)")
     add("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the unfinished runs' checkpoints")
     add("--plan", action="store_true", help="print what is missing and run nothing")
+    add("--report", action="store_true", help="write tables and pictures from the lines and run nothing")
     args = parser.parse_args(argv)
     preset = PRESETS[args.preset]
     study = Study(preset, args.hosts, {arm: ARMS[arm] for arm in args.arms}, args.seeds or preset.seeds)
@@ -90,8 +102,11 @@ def main(argv: list[str] | None = None) -> None:
         for run in study.missing(Lines(ledger.read(path))):
             print(run)
         return
+    if args.report:
+        write_report(study, Lines(ledger.read(path)), args.results / f"{args.experiment}-{args.preset}")
+        return
     if args.data is None:
-        parser.error("--data DIR is needed to run what is missing")
+        parser.error("--data DIR is needed to run what is missing; --plan and --report need none")
     try:
         run_missing(study, args.data, path, args.runs, args.jobs)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from hosts import Host
     from images import Images
 
-__all__ = ["Progress", "Recipe", "accuracy", "fit", "make_optimizer", "predict", "progress_bar"]
+__all__ = ["Diverged", "Progress", "Recipe", "accuracy", "fit", "make_optimizer", "predict", "progress_bar"]
 
 EVALUATION_BATCH = 500
 OSCILLATION_EVERY = 10
 """Steps between two looks at the signs."""
+
+
+class Diverged(FloatingPointError):
+    """The training loss is not finite any more."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def fit(
         if oscillation:
             record |= {"oscillation": oscillation.ratio(), "flip_ratios": flips}
         if not math.isfinite(record["train_loss"]):
-            raise FloatingPointError(
+            raise Diverged(
                 f"The training loss is {record['train_loss']} in epoch {record['epoch']}. Try a smaller learning rate."
             )
         progress = Progress(epoch=progress.epoch + 1, history=[*progress.history, record])

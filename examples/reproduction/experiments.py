@@ -42,8 +42,9 @@ class Lines:
         return self._by_key[run.key]
 
     def accuracy(self, run: Run) -> float:
-        """After the last epoch, when the learning rate has come down."""
-        accuracy: float = self.of(run)["accuracy"][-1]
+        """After the last epoch, when the learning rate has come down; 0 for a run that diverged."""
+        line = self.of(run)
+        accuracy: float = 0.0 if "diverged" in line else line["accuracy"][-1]
         return accuracy
 
     def done(self, runs: Iterable[Run]) -> bool:

@@ -21,7 +21,7 @@ import hbnn_plugin
 from flips import FlipMeter, OscillationMeter
 from hosts import get_host
 from hosts.networks import NETWORKS
-from training import Progress, Recipe, fit, make_optimizer
+from training import Diverged, Progress, Recipe, fit, make_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,7 +89,10 @@ def _images(data: Path, size: int, split: str, limit: int | None) -> tuple[Image
 
 
 def execute(run: Run, data: Path, folder: Path, epoch_done: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Train, or continue from the checkpoint in ``folder``; returns the line. ``epoch_done`` is called after each."""
+    """Train, or continue from the checkpoint in ``folder``; returns the line. ``epoch_done`` is called after each epoch.
+
+    The line of a run whose loss does not stay finite says ``diverged`` and has no figures.
+    """
     torch.set_num_threads(1)
     train, held_out = _images(data, run.size, run.split, run.limit)
     torch.manual_seed(run.recipe.seed)
@@ -118,20 +121,23 @@ def execute(run: Run, data: Path, folder: Path, epoch_done: Callable[[], None] =
     torch.compiler.reset()  # what earlier runs of this process compiled counts against a limit
     network = torch.compile(model) if run.compiled else model
     with tqdm(disable=True) as bar:
-        progress = fit(
-            model,
-            optimizer,
-            host,
-            train,
-            held_out,
-            run.recipe,
-            meter,
-            bar,
-            progress,
-            checkpoint,
-            network=network,
-            oscillation=OscillationMeter(model),
-        )
+        try:
+            progress = fit(
+                model,
+                optimizer,
+                host,
+                train,
+                held_out,
+                run.recipe,
+                meter,
+                bar,
+                progress,
+                checkpoint,
+                network=network,
+                oscillation=OscillationMeter(model),
+            )
+        except Diverged as error:
+            return {"config": run.config, "diverged": str(error), **_circumstances()}
     return _line(run, model, progress)
 
 
