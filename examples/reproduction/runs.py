@@ -89,7 +89,7 @@ def _images(data: Path, size: int, split: str, limit: int | None) -> tuple[Image
 
 
 def execute(run: Run, data: Path, folder: Path, epoch_done: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Train, or continue from the checkpoint in ``folder``; returns the line. ``epoch_done`` is called after each epoch.
+    """Train, or continue from the checkpoint in ``folder``; returns the line. ``epoch_done`` is called each time.
 
     The line of a run whose loss does not stay finite says ``diverged`` and has no figures.
     """
