@@ -1,6 +1,29 @@
-"""Settings for all tests."""
+"""Settings and data for all tests."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
+
+import cifar
 
 # The tensors are tiny: a second thread gains nothing, and on a busy machine it waits for the first.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10's official layout: 10,000 records a file, the first 200 are noise and the rest a sparse zero."""
+    folder = tmp_path_factory.mktemp("data") / "cifar-10-batches-bin"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name in [*cifar.TRAIN_FILES, *cifar.TEST_FILES]:
+        records = generator.integers(0, 256, (200, cifar.RECORD_BYTES), dtype=np.uint8)
+        records[:, 0] %= 10
+        with (folder / name).open("wb") as file:
+            file.write(records.tobytes())
+            file.truncate(10_000 * cifar.RECORD_BYTES)
+    return folder.parent

@@ -10,29 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import cifar
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-RECORD_BYTES = 1 + 3072
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CIFAR-10's official layout: 10,000 records a file, the first 100 are noise and the rest a sparse zero."""
-    folder = tmp_path_factory.mktemp("data") / "cifar-10-batches-bin"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for name in [*cifar.TRAIN_FILES, *cifar.TEST_FILES]:
-        records = generator.integers(0, 256, (100, RECORD_BYTES), dtype=np.uint8)
-        records[:, 0] %= 10
-        with (folder / name).open("wb") as file:
-            file.write(records.tobytes())
-            file.truncate(10_000 * RECORD_BYTES)
-    return folder.parent
 
 
 def train(data: Path, out: Path, *extra: str) -> list[str]:
@@ -92,13 +75,13 @@ def test_cifar_errors_name_the_file_and_the_mend(data: Path, tmp_path: Path) -> 
     folder.mkdir()
     for name in [*cifar.TRAIN_FILES, *cifar.TEST_FILES]:
         (folder / name).write_bytes(b"")
-        os.truncate(folder / name, 10_000 * RECORD_BYTES)
+        os.truncate(folder / name, 10_000 * cifar.RECORD_BYTES)
     train_set, test_set = cifar.load(tmp_path, limit=50)
     assert (len(train_set), len(test_set)) == (50, 50)
-    os.truncate(folder / "data_batch_1.bin", 10_000 * RECORD_BYTES - 1)
+    os.truncate(folder / "data_batch_1.bin", 10_000 * cifar.RECORD_BYTES - 1)
     with pytest.raises(ValueError, match=r"data_batch_1\.bin"):
         cifar.load(tmp_path, limit=50)
-    (folder / "data_batch_1.bin").write_bytes(b"\x0a" + bytes(10_000 * RECORD_BYTES - 1))
+    (folder / "data_batch_1.bin").write_bytes(b"\x0a" + bytes(10_000 * cifar.RECORD_BYTES - 1))
     with pytest.raises(ValueError, match=r"data_batch_1\.bin.*10"):
         cifar.load(tmp_path, limit=50)
     (folder / "data_batch_1.bin").unlink()

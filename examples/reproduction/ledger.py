@@ -33,11 +33,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a line, in one write: two processes may share the file."""
+    """Add a line. A last line that a kill left unfinished goes: its run repeats."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, separators=(",", ":")) + "\n"
-    if path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
-        text = "\n" + text  # close a line that a kill left unfinished
-    with path.open("ab", buffering=0) as file:
+    with path.open("a+b", buffering=0) as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
         file.write(text.encode())
         os.fsync(file.fileno())

@@ -1,0 +1,160 @@
+"""The study's protocol, its file of lines, its statistics, and a study that is killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from reproduction import ledger
+from reproduction.arms import ARMS
+from reproduction.experiments import Lines, Study
+from reproduction.presets import PRESETS
+from reproduction.report import difference, table
+from reproduction.runs import Run, execute
+from reproduction.statistics import paired
+
+REPRODUCE = Path(__file__).parent.parent / "examples" / "reproduce.py"
+SMOKE = PRESETS["smoke"]
+
+
+def study(seeds: int = 2, arms: tuple[str, ...] = ("bare", "HBNN")) -> Study:
+    return Study(SMOKE, ["irnet"], {arm: ARMS[arm] for arm in arms}, seeds)
+
+
+def line(run: Run, accuracy: float) -> dict[str, Any]:
+    figures = {"accuracy": [accuracy], "flip_ratio": [0.3], "oscillation": [0.1]}
+    return {"config": json.loads(json.dumps(run.config)), **figures}
+
+
+def test_tuning_sees_the_whole_grid_then_the_best_at_full_length_and_never_the_test_set() -> None:
+    s, done = study(), []
+    rounds = []
+    while missing := s.missing(Lines(done)):
+        rounds.append(missing)
+        done += [line(run, run.recipe.lr if run.arm == "bare" else 1 - run.recipe.lr) for run in missing]
+    grid, finals, fresh = rounds
+    assert [run.split for run in (*grid, *finals)] == ["validation"] * (len(grid) + len(finals))
+    assert {(run.arm, run.recipe.lr) for run in grid} == {(a, lr) for a in s.arms for lr in SMOKE.learning_rates}
+    assert {run.recipe.epochs for run in grid} == {SMOKE.short_epochs}
+    assert {(run.arm, run.recipe.lr) for run in finals} == {("bare", 0.3), ("HBNN", 0.1)}
+    assert [(run.arm, run.recipe.seed) for run in fresh] == [("bare", 0), ("HBNN", 0), ("bare", 1), ("HBNN", 1)]
+    assert {run.split for run in fresh} == {"test"}
+    assert {run.recipe.seed for run in fresh}.isdisjoint({run.recipe.seed for run in (*grid, *finals)})
+    assert s.epochs_left(Lines(done)) == 0
+
+
+def test_a_diverged_run_loses_the_tuning() -> None:
+    s = study()
+    done = [line(run, 0.5) for run in s.grid("irnet", "bare")]
+    done[0] = {"config": done[0]["config"], "diverged": "The training loss is nan"}
+    (final,) = s.finals("irnet", "bare", Lines(done))
+    assert final.recipe.lr == SMOKE.learning_rates[1]
+
+
+def test_a_name_changes_no_configuration_and_every_option_does() -> None:
+    first = study().grid("irnet", "HBNN")[0]
+    renamed = Run(**{**vars(first), "arm": "another name"})
+    other = Run(**{**vars(first), "options": {**(first.options or {}), "radius": 0.1}})
+    assert first.key == renamed.key != other.key
+
+
+def test_the_report_pairs_seeds() -> None:
+    s = study(seeds=3)
+    done: list[dict[str, Any]] = []
+    while missing := s.missing(Lines(done)):
+        done += [line(run, 0.6 + 0.01 * run.recipe.seed + 0.02 * (run.arm == "HBNN")) for run in missing]
+    lines = Lines(done)
+    found = difference(s, "irnet", "HBNN", lines)
+    assert found is not None
+    assert (found.count, round(found.mean, 9)) == (3, 2.0)
+    assert "+2.00 (3)" in table(s, lines)
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=3, max_size=12))
+def test_intervals_agree_with_the_t_test(pairs: list[tuple[float, float]]) -> None:
+    mine, other = zip(*pairs, strict=True)
+    found = paired(mine, other)
+    assert found.count == len(pairs)
+    if found.std < 1e-6:
+        return
+    interval = stats.ttest_rel(mine, other).confidence_interval(0.95)
+    assert np.allclose([found.low, found.high], [interval.low, interval.high], atol=1e-9)
+    assert found.bootstrap_low <= found.mean <= found.bootstrap_high
+
+
+def test_one_seed_has_no_interval_and_more_seeds_are_asked_for_smaller_effects() -> None:
+    assert math.isnan(paired([1.0], [0.5]).low)
+    noise = np.random.default_rng(0).normal(size=8)
+    needed = [paired(noise - noise.mean() + effect, np.zeros(8)).seeds_needed for effect in (3.0, 0.5)]
+    assert needed[0] is not None
+    assert needed[1] is not None
+    # 1 standard deviation: the textbook's 10 pairs; half of one: 34
+    assert paired([1 + x for x in (-1, 1, -1, 1, 0)], [0] * 5).seeds_needed == 10
+    assert needed[0] < needed[1]
+
+
+def test_the_ledger_survives_a_torn_last_line_and_names_a_damaged_one(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    ledger.append(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"b": ')  # a kill in the middle of a line
+    assert ledger.read(path) == [{"a": 1}]
+    ledger.append(path, {"c": 3})
+    assert ledger.read(path) == [{"a": 1}, {"c": 3}]
+    path.write_text('{"a": 1}\n{"b": \n{"c": 3}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        ledger.read(path)
+
+
+def test_a_run_stopped_after_an_epoch_leaves_the_same_line(data: Path, tmp_path: Path) -> None:
+    run = study().run("irnet", "HBNN", 0.1, 5e-4, 3, 0, "test")
+    whole = execute(run, data, tmp_path / "whole")
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(run, data, tmp_path / "stopped", stop)
+    epochs: list[int] = []
+    resumed = execute(run, data, tmp_path / "stopped", lambda: epochs.append(1))
+    assert len(epochs) == 3  # the one before the stop counts as done
+    assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
+
+
+def test_a_study_killed_and_repeated_ends_with_the_same_lines(data: Path, tmp_path: Path) -> None:
+    def command(name: str) -> list[str]:
+        options = ["--preset", "smoke", "--hosts", "irnet", "--arms", "bare", "HBNN", "--seeds", "1", "--jobs", "1"]
+        folders = ["--data", str(data), "--results", str(tmp_path / name), "--runs", str(tmp_path / name / "runs")]
+        return [sys.executable, str(REPRODUCE), "table5", *options, *folders]
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return [{**line, "seconds": 0} for line in ledger.read(tmp_path / name / "reproduce-smoke.jsonl")]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    with subprocess.Popen(
+        command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while len(lines("killed")) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert len(lines("killed")) < len(lines("whole"))
+    subprocess.run(command("killed"), check=True, capture_output=True)
+    assert lines("killed") == lines("whole")
+    subprocess.run([*command("killed"), "--report"], check=True, capture_output=True)
+    assert (tmp_path / "killed" / "table5-smoke.png").read_bytes().startswith(b"\x89PNG")
