@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
+import threading
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -32,9 +35,17 @@ _epochs: Any = None
 """In a worker: where it says that an epoch is done."""
 
 
-def _start_worker(epochs: Any) -> None:
+def _start_worker(epochs: Any, parent: int) -> None:
     global _epochs  # noqa: PLW0603
     _epochs = epochs
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A killed parent leaves its workers behind; two of them must never train into one checkpoint."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _work(run: Run, data: Path, folder: Path) -> dict[str, Any]:
@@ -46,7 +57,7 @@ def run_missing(study: Study, data: Path, ledger_path: Path, folder: Path, jobs:
     lines = ledger.read(ledger_path)
     context = multiprocessing.get_context("spawn")
     epochs = context.Manager().Queue()
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(epochs,))
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(epochs, os.getpid()))
     with pool, tqdm(total=study.epochs_left(Lines(lines)), unit="epoch", dynamic_ncols=True) as bar:
         running: dict[Future[dict[str, Any]], Run] = {}
         while True:

@@ -24,12 +24,25 @@ M = TypeVar("M", bound=nn.Module)
 Binarize = Literal["1/1", "1/32"]
 
 
-def _settings(space: SpaceName, radius: float | None, start: float | None, **rest: object) -> Settings:
+def _settings(
+    space: SpaceName,
+    radius: float | None,
+    start: float | None,
+    rule: Rule,
+    point_lr: float | None,
+    point_decay: float | None,
+    **rest: object,
+) -> Settings:
     if radius is None:
         radius = DEFAULT_RADIUS.get(space, 1.0)
     if start is None:
         start = 1.0 if space == "sphere" else 0.0
-    return Settings(space=space, radius=radius, start=start, **rest)  # type: ignore[arg-type]
+    if point_lr is None:
+        point_lr = 0.5 if rule == "spectral" else 1.0
+    if point_decay is None:
+        point_decay = 0.05 if rule == "spectral" and space == "ball" else 0.0
+    moving = {"rule": rule, "point_lr": point_lr, "point_decay": point_decay}
+    return Settings(space=space, radius=radius, start=start, **moving, **rest)  # type: ignore[arg-type]
 
 
 def plan(
@@ -44,9 +57,9 @@ def plan(
     order: Order = "simultaneous",
     relative: bool = False,
     start: float | None = None,
-    point_lr: float = 1.0,
+    point_lr: float | None = None,
     point_momentum: float = 0.0,
-    point_decay: float = 0.0,
+    point_decay: float | None = None,
 ) -> Plan:
     """What :func:`apply` would do with the same arguments, and all that would stop it; nothing is changed.
 
@@ -60,13 +73,13 @@ def plan(
         space,
         radius,
         start,
+        rule,
+        point_lr,
+        point_decay,
         per=per,
-        rule=rule,
         order=order,
         relative=relative,
-        point_lr=point_lr,
         point_momentum=point_momentum,
-        point_decay=point_decay,
     )
     if binarize is None:
         return make_plan(model, settings, where)
@@ -88,9 +101,9 @@ def apply(
     order: Order = "simultaneous",
     relative: bool = False,
     start: float | None = None,
-    point_lr: float = 1.0,
+    point_lr: float | None = None,
     point_momentum: float = 0.0,
-    point_decay: float = 0.0,
+    point_decay: float | None = None,
 ) -> M:
     r"""Write each binary layer's weight as exp_p(v), in place, and return the model ([HBNN] Eq. 6).
 
@@ -109,18 +122,19 @@ def apply(
             :func:`by_name` and :func:`by_class`.
         binarize: for a full-precision model: ``"1/1"`` (weights/activations) or ``"1/32"`` binarizes its convolutions
             first.
-        rule: how points move: ``"mobius"`` (Eq. 9), ``"riemannian"`` or ``"riemannian-adam"`` (geoopt's), or
-            ``"fixed"``: not at all, which is the plain Riemannian exponential map. On the sphere the first two follow
-            the geodesic.
+        rule: how points move: ``"mobius"`` (Eq. 9), ``"riemannian"`` or ``"riemannian-adam"`` (geoopt's),
+            ``"spectral"`` (beyond the paper, :mod:`hbnn_plugin.rules`), or ``"fixed"``: not at all, which is the plain
+            Riemannian exponential map. On the sphere all but the last follow the geodesic.
         order: ``"simultaneous"``: point and latent from one gradient; ``"alternating"``: the point first, the latent's
             gradient then re-evaluated at the new point (Algorithm 1).
         relative: measure the radius in units of each weight's own norm at apply, x = s·EPC(v/s): every layer sits at
             the same place in its ball, and a pretrained host's output is kept itself, not only its binary weights.
         start: the point's start on the geodesic from the origin (0, the ball's default) to the weight (1, the
             sphere's).
-        point_lr: the point's learning rate as a multiple of its weight's.
+        point_lr: the point's learning rate as a multiple of its weight's; 1, for the spectral rule 0.5.
         point_momentum: heavy-ball momentum of the point.
-        point_decay: decay of the point towards the origin, p ← (1 − η·point_decay) ⊗ p.
+        point_decay: decay of the point towards the origin, p ← (1 − η·point_decay) ⊗ p; 0, for the spectral rule
+            in the ball 0.05.
 
     Raises:
         ValueError: an option out of range; nothing to select; weights that are not floating, finite, initialized, or

@@ -4,6 +4,9 @@ r"""How a point moves, given its gradient g = ∂L/∂p and its learning rate η
 * ``riemannian``: geoopt's RiemannianSGD (without dampening or Nesterov): g is turned into the Riemannian gradient, the
   point follows its geodesic, momentum is transported along.
 * ``riemannian-adam``: geoopt's RiemannianAdam with betas (0.9, 0.999) and eps 1e-8.
+* ``spectral`` (not in the paper): p ← p ⊕ (−ηO), O the orthogonal factor of the layer's g with Nesterov momentum 0.95,
+  as a matrix (output units × coordinates): each filter's point moves by about η, and no direction that the layer's
+  filters share outruns the others (:mod:`hbnn_plugin.spectral`). With ``relative=True`` by about ηs.
 * ``fixed``: not at all.
 
 Under an optimizer of Adam's kind (its group has ``betas`` or ``eps``) the weights move by about η a coordinate however
@@ -23,6 +26,7 @@ from torch import Tensor
 from .ball import MARGIN
 from .epc import inner, mobius_scale
 from .parametrization import EPC
+from .spectral import orthogonal_factor
 
 __all__ = ["Move", "move"]
 
@@ -30,6 +34,7 @@ __all__ = ["Move", "move"]
 _MANIFOLDS = {"ball": geoopt.PoincareBallExact, "sphere": geoopt.SphereExact}
 _ADAM_BETAS = (0.9, 0.999)
 _ADAM_EPS = 1e-8
+_SPECTRAL_MOMENTUM = 0.95
 
 
 class Move(NamedTuple):
@@ -61,6 +66,8 @@ def move(step: Move) -> None:
         epc.point.copy_(mobius_scale(kept, epc.point, epc.radius, epc.dims))
     if settings.rule == "riemannian-adam":
         _riemannian_adam(epc, g, step.lr)
+    elif settings.rule == "spectral":
+        _spectral(epc, g, step.lr)
     else:
         adaptive = "betas" in step.group or "eps" in step.group
         if adaptive:
@@ -92,10 +99,29 @@ def _accumulate(epc: EPC, g: Tensor) -> Tensor:
 
 
 def _mobius(epc: EPC, g: Tensor, lr: float | Tensor, adaptive: bool) -> None:
-    p, dims = epc.point, epc.dims
     direction = _accumulate(epc, g)
     if adaptive:  # of norm √n it would lie outside ⊗'s domain: scale first, p ⊕ ((−1) ⊗ ηg), the same to first order
         direction, lr = direction * lr, 1.0
+    _add(epc, direction, lr)
+
+
+def _spectral(epc: EPC, g: Tensor, lr: float | Tensor) -> None:
+    assert epc.momentum is not None
+    epc.momentum.mul_(_SPECTRAL_MOMENTUM).add_(g)
+    ahead = g.add_(epc.momentum, alpha=_SPECTRAL_MOMENTUM)
+    units = [d for d in range(g.ndim) if d in epc.unit_dims]
+    order = [*units, *(d for d in range(g.ndim) if d not in epc.unit_dims)]
+    rows = ahead.permute(order)
+    factor = orthogonal_factor(rows.flatten(len(units)).flatten(0, len(units) - 1))
+    direction = factor.reshape(rows.shape).permute([order.index(d) for d in range(g.ndim)])
+    if epc.scale is not None:
+        direction = direction * epc.scale
+    _add(epc, direction * lr, 1.0)
+
+
+def _add(epc: EPC, direction: Tensor, lr: float | Tensor) -> None:
+    """p ← p ⊕ ((−η) ⊗ direction); on the sphere along the geodesic."""
+    p, dims = epc.point, epc.dims
     pp, pg, gg = inner(p, p, dims), inner(p, direction, dims), inner(direction, direction, dims)
     eta = torch.as_tensor(lr, dtype=pp.dtype, device=pp.device)
     a, b = epc.settings.geometry.point_step(pp, pg, gg, eta, epc.radius)

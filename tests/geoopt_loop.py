@@ -8,6 +8,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BETAS, EPS = (0.9, 0.999), 1e-8
+SPECTRAL_MOMENTUM, SPECTRAL_DECAY = 0.95, 0.05
+
+
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """Muon's orthogonalization as it is usually written: five steps on the whole matrix."""
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def spectral_step(
+    manifold: geoopt.Manifold, point: Tensor, step: Tensor, momentum: Tensor, eta: float, scale: float
+) -> Tensor:
+    """Decay in the ball, then the step; the momentum as it is at the new point."""
+    if isinstance(manifold, geoopt.PoincareBall):
+        kept = torch.tensor(1 - eta * SPECTRAL_DECAY, dtype=torch.float64)
+        point.copy_(manifold.mobius_add(manifold.mobius_scalar_mul(kept, point), step))
+        return momentum
+    at = scale * point
+    new = manifold.expmap(at, manifold.proju(at, scale * step))
+    point.copy_(new / scale)
+    return manifold.proju(new, momentum)
 
 
 def train_with_geoopt(
@@ -82,6 +106,13 @@ def train_with_geoopt(
                     momenta[i] = point_momentum * momenta[i] + point.grad
                     backward = manifold.mobius_scalar_mul(torch.tensor(-eta, dtype=torch.float64), momenta[i])
                     point.copy_(manifold.mobius_add(point, backward))
+                    continue
+                elif rule == "spectral":
+                    gradient = point.grad if space == "ball" else rgrad
+                    momenta[i] = SPECTRAL_MOMENTUM * momenta[i] + gradient
+                    ahead = (gradient + SPECTRAL_MOMENTUM * momenta[i]).reshape(len(weights[names[i]]), -1)
+                    step_back = -eta * newton_schulz(ahead).reshape(point.shape)
+                    momenta[i] = spectral_step(manifold, point, step_back, momenta[i], eta, scale)
                     continue
                 else:
                     momenta[i] = point_momentum * momenta[i] + rgrad

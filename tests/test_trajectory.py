@@ -52,15 +52,15 @@ def test_the_identity_map_leaves_the_hosts_trajectory(host_name: str, per: str) 
 
 @pytest.mark.filterwarnings("ignore:.*two-valued")
 @pytest.mark.parametrize("explicit", [False, True], ids=["automatic", "ClusterSGD"])
-@pytest.mark.parametrize("rule", ["mobius", "riemannian", "riemannian-adam", "fixed"])
+@pytest.mark.parametrize("rule", ["mobius", "riemannian", "riemannian-adam", "spectral", "fixed"])
 @pytest.mark.parametrize("per", ["filter", "layer"])
 @pytest.mark.parametrize("space", ["ball", "sphere"])
 @pytest.mark.parametrize("point_momentum", [0.0, 0.5])
 def test_moving_points_follow_an_independent_loop_written_with_geoopt(
     space: str, per: str, rule: str, explicit: bool, point_momentum: float
 ) -> None:
-    if rule == "riemannian-adam":
-        point_momentum = 0.0  # it has its own
+    if rule in ("riemannian-adam", "spectral"):
+        point_momentum = 0.0  # they have their own
     radius, point_lr = (0.05, 0.7) if space == "ball" else (1.0, 0.7)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(STEPS, 8, 3, 6, 6, dtype=torch.float64, generator=generator)
