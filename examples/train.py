@@ -32,7 +32,7 @@ CLUSTER_OPTIONS = {
     "space": (str, "ball (HBNN) or sphere (SBNN)"),
     "radius": (float, "the radius r of the space: r·‖x‖² < 1"),
     "per": (str, "one point a filter or a layer"),
-    "rule": (str, "how points move: mobius, riemannian, riemannian-adam or fixed"),
+    "rule": (str, "how points move: mobius, riemannian, riemannian-adam, spectral or fixed"),
     "order": (str, "simultaneous or alternating steps of points and weights"),
     "start": (float, "where points start: 0 at the origin, 1 at the weight"),
     "point_lr": (float, "the points' learning rate as a multiple of the weights'"),
