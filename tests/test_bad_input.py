@@ -69,7 +69,7 @@ BAD = {
     "start": (tiny_net, {"start": 1.5}, ValueError, ["start", "1.5"]),
     "start on the sphere": (tiny_net, {"space": "sphere", "start": 0.0}, ValueError, ["start", "sphere"]),
     "point_lr": (tiny_net, {"point_lr": -1.0}, ValueError, ["point_lr", "-1.0"]),
-    "point_lr no number": (tiny_net, {"point_lr": None}, TypeError, ["point_lr", "None"]),
+    "point_lr no number": (tiny_net, {"point_lr": "fast"}, TypeError, ["point_lr", "fast"]),
     "point_momentum": (tiny_net, {"point_momentum": 1.0}, ValueError, ["point_momentum", "below 1"]),
     "point_decay on the sphere": (
         tiny_net,

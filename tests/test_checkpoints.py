@@ -102,7 +102,13 @@ def test_a_plain_checkpoint_of_another_dtype(dtypes: tuple[torch.dtype, torch.dt
 
 @pytest.mark.parametrize(
     "options",
-    [*GEOMETRIES, {"point_momentum": 0.9}, {"rule": "riemannian-adam"}, {"start": 0.5, "relative": True}],
+    [
+        *GEOMETRIES,
+        {"point_momentum": 0.9},
+        {"rule": "riemannian-adam"},
+        {"rule": "spectral"},
+        {"start": 0.5, "relative": True},
+    ],
     ids=lambda o: "-".join(map(str, o.values())),
 )
 def test_an_applied_checkpoint_round_trip_is_exact(options: dict[str, Any]) -> None:
@@ -113,7 +119,7 @@ def test_an_applied_checkpoint_round_trip_is_exact(options: dict[str, Any]) -> N
     assert torch.equal(output(net), output(other))
     assert hbnn_plugin.flip_ratio(net).flips == hbnn_plugin.flip_ratio(other).flips
     assert any(hbnn_plugin.flip_ratio(other).flips.values())
-    with_momentum = "point_momentum" in options or options.get("rule") == "riemannian-adam"
+    with_momentum = "point_momentum" in options or options.get("rule") in ("riemannian-adam", "spectral")
     assert all(
         (epc.momentum is not None and bool(epc.momentum.any())) is with_momentum for epc in clusters(other).values()
     )

@@ -25,7 +25,7 @@ each_cluster_optimizer = pytest.mark.parametrize("name", CLUSTER_OPTIMIZERS)
 
 @each_cluster_optimizer
 @pytest.mark.parametrize("order", ["simultaneous", "alternating"])
-@pytest.mark.parametrize("rule", ["mobius", "riemannian", "riemannian-adam"])
+@pytest.mark.parametrize("rule", ["mobius", "riemannian", "riemannian-adam", "spectral"])
 def test_cluster_optimizers_are_automatic_stepping_to_the_bit(name: str, rule: str, order: str) -> None:
     own, plain, options = CLUSTER_OPTIMIZERS[name]
     one, other, third = (applied(rule=rule, order=order) for _ in range(3))

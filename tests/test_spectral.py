@@ -1,13 +1,20 @@
-"""The orthogonal factor against the singular value decomposition and against the iteration on the whole matrix."""
+"""The orthogonal factor against the singular value decomposition, and the points' step that is made of it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
+import hbnn_plugin
 from geoopt_loop import newton_schulz
+from hbnn_plugin.epc import exp_map
+from hbnn_plugin.parametrization import find
 from hbnn_plugin.spectral import orthogonal_factor
 
 
@@ -43,3 +50,42 @@ def test_zero_and_ill_conditioned_matrices_stay_finite(dtype: torch.dtype) -> No
     assert values.max() < 1.25
     huge = torch.full((2, 3), torch.finfo(dtype).max, dtype=dtype)
     assert orthogonal_factor(huge).isfinite().all()
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(12, 5), (3, 12)),
+    "grouped": (lambda: nn.Conv2d(6, 4, 3, groups=2), (2, 6, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 4, 3), (2, 6, 5, 5)),
+    "1-D, more filters than coordinates": (lambda: nn.Conv1d(2, 8, 3), (2, 2, 9)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*two-valued")
+@pytest.mark.parametrize("per", ["filter", "layer"])
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_step_from_the_origin_is_the_orthogonal_factor_of_the_layers_gradient(
+    kind: str, per: Any, relative: bool
+) -> None:
+    make, shape = KINDS[kind]
+    torch.manual_seed(0)
+    layer, bare = make().double(), make().double()
+    x = torch.randn(shape, dtype=torch.float64)
+    model = nn.Sequential(layer)
+    hbnn_plugin.apply(model, where=lambda module, name: module is layer, rule="spectral", per=per, relative=relative)
+    epc = find(layer)["weight"]
+    point = torch.zeros_like(epc.point, requires_grad=True)
+    mapped = {"weight": exp_map(point, epc.latent.detach(), epc.radius, dims=epc.dims), "bias": layer.bias.detach()}
+    for y in (torch.func.functional_call(bare, mapped, (x,)), model(x)):
+        (y**3).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+    def rows(t: Tensor) -> Tensor:  # one output unit a row
+        return (t.transpose(0, 1) if kind == "transposed" else t).flatten(1)
+
+    assert point.grad is not None
+    gradient = rows(point.grad)
+    wide = gradient if len(gradient) <= gradient.shape[1] else gradient.T
+    factor = newton_schulz(wide) if wide is gradient else newton_schulz(wide).T
+    moved = rows(epc.point if epc.scale is None else epc.point / epc.scale)
+    assert torch.allclose(moved, -0.1 * 0.5 * factor, rtol=0, atol=1e-9)
