@@ -1,4 +1,4 @@
-"""The paper's experiments: run what is missing, then draw tables and pictures from the lines alone.
+"""The paper's experiments (Table V so far): run what is missing, then tables and pictures from the lines alone.
 
     python examples/reproduce.py table5 --preset small --data DIR     # runs what is missing; stop and repeat at will
     python examples/reproduce.py table5 --preset small --plan         # what is missing, in order
@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import checkpoints
+from hosts import HOSTS
 from reproduction import ledger
 from reproduction.arms import ARMS
 from reproduction.experiments import Lines, Study
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     add("experiment", choices=("table5",))
     add("--preset", choices=sorted(PRESETS), default="small", help="at which size (%(default)s)")
     add("--data", type=Path, help="folder that is or contains cifar-10-batches-bin")
-    add("--hosts", nargs="+", default=["irnet", "recu"], help="(%(default)s)")
+    add("--hosts", nargs="+", choices=sorted(HOSTS), default=["irnet", "recu"], help="(%(default)s)")
     add("--arms", nargs="+", choices=sorted(ARMS), default=list(ARMS), metavar="ARM", help="by default all")
     add("--seeds", type=int, help="fresh seeds; by default the preset's")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each (%(default)s)")
@@ -106,21 +107,20 @@ def main(argv: list[str] | None = None) -> None:
     add("--plan", action="store_true", help="print what is missing and run nothing")
     add("--report", action="store_true", help="write tables and pictures from the lines and run nothing")
     args = parser.parse_args(argv)
+    if args.data is None and not (args.plan or args.report):
+        parser.error("--data DIR is needed to run what is missing; --plan and --report need none")
     preset = PRESETS[args.preset]
     study = Study(preset, args.hosts, {arm: ARMS[arm] for arm in args.arms}, args.seeds or preset.seeds)
     path = args.results / f"reproduce-{args.preset}.jsonl"
-    if args.plan:
-        for run in study.missing(Lines(ledger.read(path))):
-            print(run)
-        return
-    if args.report:
-        write_report(study, Lines(ledger.read(path)), args.results / f"{args.experiment}-{args.preset}")
-        return
-    if args.data is None:
-        parser.error("--data DIR is needed to run what is missing; --plan and --report need none")
     try:
-        run_missing(study, args.data, path, args.runs, args.jobs)
-    except (ValueError, OSError, FloatingPointError) as error:
+        if args.plan:
+            for run in study.missing(Lines(ledger.read(path))):
+                print(run)
+        elif args.report:
+            write_report(study, Lines(ledger.read(path)), args.results / f"{args.experiment}-{args.preset}")
+        else:
+            run_missing(study, args.data, path, args.runs, args.jobs)
+    except (ValueError, OSError) as error:
         sys.exit(f"reproduce.py: {error}")
 
 

@@ -17,6 +17,7 @@ move by about η too; ``mobius`` is then p ← p ⊕ (−ηg), since a g of norm
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import geoopt
@@ -109,11 +110,8 @@ def _spectral(epc: EPC, g: Tensor, lr: float | Tensor) -> None:
     assert epc.momentum is not None
     epc.momentum.mul_(_SPECTRAL_MOMENTUM).add_(g)
     ahead = g.add_(epc.momentum, alpha=_SPECTRAL_MOMENTUM)
-    units = [d for d in range(g.ndim) if d in epc.unit_dims]
-    order = [*units, *(d for d in range(g.ndim) if d not in epc.unit_dims)]
-    rows = ahead.permute(order)
-    factor = orthogonal_factor(rows.flatten(len(units)).flatten(0, len(units) - 1))
-    direction = factor.reshape(rows.shape).permute([order.index(d) for d in range(g.ndim)])
+    coordinates = tuple(d for d in range(g.ndim) if d not in epc.unit_dims)
+    direction = _unflatten(orthogonal_factor(_flatten(ahead, coordinates)), g.shape, coordinates)
     if epc.scale is not None:
         direction = direction * epc.scale
     _add(epc, direction * lr, 1.0)
@@ -134,18 +132,16 @@ def _add(epc: EPC, direction: Tensor, lr: float | Tensor) -> None:
         epc.momentum.addcmul_(radial.to(p.dtype), p, value=-1)
 
 
-def _flatten(epc: EPC, tensor: Tensor) -> Tensor:
-    """(points, coordinates), as geoopt's manifolds want their last dimension."""
-    kept = [d for d in range(tensor.ndim) if d not in epc.dims]
-    return tensor.permute(*kept, *epc.dims).reshape(epc.points, -1)
+def _flatten(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """A matrix with ``dims`` along its rows, as geoopt's manifolds want their last dimension."""
+    kept = [d for d in range(tensor.ndim) if d not in dims]
+    return tensor.permute(*kept, *dims).reshape(math.prod(tensor.shape[d] for d in kept), -1)
 
 
-def _unflatten(epc: EPC, rows: Tensor) -> Tensor:
-    shape = epc.point.shape
-    kept = [d for d in range(len(shape)) if d not in epc.dims]
-    order = [*kept, *epc.dims]
-    inverse = [order.index(d) for d in range(len(shape))]
-    return rows.reshape([shape[d] for d in order]).permute(inverse)
+def _unflatten(rows: Tensor, shape: torch.Size, dims: tuple[int, ...]) -> Tensor:
+    """The tensor of ``shape`` that `_flatten` made ``rows`` of."""
+    order = [*(d for d in range(len(shape)) if d not in dims), *dims]
+    return rows.reshape([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
 
 
 class _OnManifold:
@@ -156,9 +152,9 @@ class _OnManifold:
         root = epc.radius**0.5
         self.root = root.reshape(-1, 1).to(g) if isinstance(root, Tensor) else root
         self.manifold = _MANIFOLDS[epc.settings.space]().to(g)
-        self.point = self.root * _flatten(epc, epc.point)
-        self.gradient = self.manifold.egrad2rgrad(self.point, _flatten(epc, g))
-        self.momentum = None if epc.momentum is None else _flatten(epc, epc.momentum)
+        self.point = self.root * _flatten(epc.point, epc.dims)
+        self.gradient = self.manifold.egrad2rgrad(self.point, _flatten(g, epc.dims))
+        self.momentum = None if epc.momentum is None else _flatten(epc.momentum, epc.dims)
 
     def follow(self, direction: Tensor, lr: float | Tensor) -> None:
         """Follow the geodesic along −η·direction and carry the momentum along."""
@@ -168,11 +164,11 @@ class _OnManifold:
         else:
             point, momentum = self.manifold.retr_transp(self.point, step, self.momentum)
             assert self.epc.momentum is not None
-            self.epc.momentum.copy_(_unflatten(self.epc, momentum))
+            self.epc.momentum.copy_(_unflatten(momentum, self.epc.point.shape, self.epc.dims))
         if self.epc.settings.space == "ball":
             norm = point.norm(dim=-1, keepdim=True)
             point = point * ((1 - MARGIN) / norm.clamp(min=1e-30)).clamp(max=1.0)
-        self.epc.point.copy_(_unflatten(self.epc, point / self.root))
+        self.epc.point.copy_(_unflatten(point / self.root, self.epc.point.shape, self.epc.dims))
 
 
 def _riemannian(epc: EPC, g: Tensor, lr: float | Tensor) -> None:

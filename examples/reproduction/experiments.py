@@ -34,9 +34,6 @@ class Lines:
     def __contains__(self, run: Run) -> bool:
         return run.key in self._by_key
 
-    def __len__(self) -> int:
-        return len(self._by_key)
-
     def of(self, run: Run) -> Mapping[str, Any]:
         """The line of a finished run."""
         return self._by_key[run.key]

@@ -32,5 +32,4 @@ class Preset:
 PRESETS = {
     "smoke": Preset("resnet8", 16, 2, 32, 1, (0.1, 0.3), (5e-4,), finalists=1, seeds=2, limit=160, compiled=False),
     "small": Preset(arch="resnet8", size=16, epochs=40, batch_size=128, short_epochs=10),
-    "medium": Preset(arch="resnet20", size=32, epochs=120, batch_size=256, short_epochs=30),
 }
