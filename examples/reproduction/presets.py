@@ -18,7 +18,7 @@ class Preset:
     short_epochs: int
     """Of the first tuning round, which sees the whole grid."""
     learning_rates: tuple[float, ...] = (0.1, 0.3, 0.6)
-    weight_decays: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
+    weight_decays: tuple[float, ...] = (1e-4, 2e-4, 5e-4)
     finalists: int = 2
     """Points of the grid that reach the second tuning round, of the full length."""
     seeds: int = 5
