@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         "--weight-decay",
         type=float,
         default=5e-4,
-        help="of all parameters; SiMaN leaves latent weights out (%(default)s)",
+        help="of all parameters; SiMaN and MD-tanh leave latent weights out (%(default)s)",
     )
     add("--seed", type=int, default=0, help="of initial weights, batches and augmentation (%(default)s)")
     add("--limit", type=_positive, help="use only so many training and test images")

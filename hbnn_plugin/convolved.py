@@ -68,19 +68,26 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def convolved_weight(module: nn.Module, shape: tuple[int, ...], weight: Tensor) -> Tensor | None:
+def convolved_weight(
+    module: nn.Module, shape: tuple[int, ...], weight: Tensor, evaluating: bool = False
+) -> Tensor | None:
     """The tensor that ``module.forward`` convolves with, or None where the layer does not run on a small input.
 
     Args:
-        module: the layer; its buffers, weight and the random state are left as they were.
+        module: the layer; its buffers, weight, mode and the random state are left as they were.
         shape: the logical shape of its weight.
         weight: its weight, for dtype, device and size.
+        evaluating: look in evaluation mode; else in the mode that the layer is in.
     """
     before = weight.detach().clone()  # hosts there are that write into their weight's .data
     # The layer gets copies of its buffers: the originals may be saved in a graph that waits for its backward.
     kept = [(m, n, b) for m in _own_modules(module) for n, b in m._buffers.items() if b is not None]
+    modes = [(m, m.training) for m in module.modules()]
     recorder = _Recorder()
     try:
+        if evaluating:
+            for m, _ in modes:
+                m.training = False
         for owner, name, buffer in kept:
             owner._buffers[name] = buffer.clone()
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []), recorder:
@@ -90,6 +97,8 @@ def convolved_weight(module: nn.Module, shape: tuple[int, ...], weight: Tensor) 
     finally:
         for owner, name, buffer in kept:
             owner._buffers[name] = buffer
+        for m, mode in modes:
+            m.training = mode
         if weight.is_leaf and not torch.equal(weight, before):
             weight.data.copy_(before)
     found = [w for w in recorder.weights if w.numel() == weight.numel()]

@@ -215,6 +215,17 @@ def _parametrizations(layer: Selected) -> nn.ModuleDict:
     return lists
 
 
+def _two_valued(layer: Selected, weight: Tensor) -> bool:
+    return is_two_valued(weight.reshape(layer.shape), layer.unit_dims)
+
+
+def _two_valued_later(layer: Selected) -> bool:
+    """Whether the layer convolves with two values in evaluation: some hosts train with a weight that becomes binary."""
+    weight = getattr(layer.module, layer.tensor_name)
+    convolved = convolved_weight(layer.module, layer.shape, weight, evaluating=True)
+    return convolved is not None and _two_valued(layer, convolved)
+
+
 def _warn_about(made: Plan, outside: dict[str, int], convolved: dict[str, Tensor | None]) -> None:
     displaced = {name: n for name, n in outside.items() if n}
     if displaced and made.settings.space == "ball":
@@ -225,7 +236,7 @@ def _warn_about(made: Plan, outside: dict[str, int], convolved: dict[str, Tensor
             stacklevel=3,
         )
     seen = [(s, weight) for s in made.layers if (weight := convolved[s.label]) is not None]
-    not_binary = [s.label for s, weight in seen if not is_two_valued(weight.reshape(s.shape), s.unit_dims)]
+    not_binary = [s.label for s, weight in seen if not (_two_valued(s, weight) or _two_valued_later(s))]
     if not_binary:
         warnings.warn(
             f"{', '.join(not_binary)}: the forward does not convolve with a two-valued weight, so this may not be a "

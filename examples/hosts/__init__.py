@@ -1,9 +1,12 @@
-"""Three binary networks to train with and without HBNN, each written from its paper.
+"""Binary networks to train with and without HBNN, each written from its paper.
+
+1/1 (binary weights, binary activations) are IR-Net, ReCU, SiMaN and the plain sign network; 1/32 (binary weights, real
+activations) are BinaryConnect and MD-tanh-s.
 
 A host is one module with two names in it:
 
 * ``BinaryConv2d(in_channels, out_channels, kernel_size, stride, padding, bias)``: a convolution that binarizes its
-  input and its latent weight in every forward; ``binary_weight()`` returns the tensor it convolves with;
+  latent weight, and if it is 1/1 its input, in every forward; ``binary_weight()`` returns the tensor it convolves with;
 * ``set_progress(model, progress)``: moves the host's schedule to ``progress`` = epoch / epochs, in [0, 1].
 
 None of them knows about ``hbnn_plugin``: they are what a user brings along.
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hosts import irnet, recu, siman
+from hosts import binaryconnect, irnet, mdtanh, plain, recu, siman
 from hosts.common import BinaryConv, BinaryConvClass, binary_layers
 
 if TYPE_CHECKING:
@@ -37,7 +40,10 @@ class Host:
 
 
 HOSTS = {
+    "binaryconnect": Host(binaryconnect.BinaryConv2d, binaryconnect.set_progress, decays_latent=True),
     "irnet": Host(irnet.BinaryConv2d, irnet.set_progress, decays_latent=True),
+    "mdtanh": Host(mdtanh.BinaryConv2d, mdtanh.set_progress, decays_latent=False),
+    "plain": Host(plain.BinaryConv2d, plain.set_progress, decays_latent=True),
     "recu": Host(recu.BinaryConv2d, recu.set_progress, decays_latent=True),
     "siman": Host(siman.BinaryConv2d, siman.set_progress, decays_latent=False),
 }

@@ -1,4 +1,4 @@
-"""What the hosts share: the two-valued sign, the quadratic estimator for activations, per-filter statistics."""
+"""What the hosts share: the two-valued sign and two estimators of its gradient, per-filter statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["BinaryConv", "BinaryConvClass", "QuadraticSign", "binary_layers", "centre", "sign", "variance"]
+__all__ = [
+    "BinaryConv",
+    "BinaryConvClass",
+    "QuadraticSign",
+    "binary_layers",
+    "centre",
+    "clipped_sign",
+    "sign",
+    "variance",
+]
 
 _ALL_BUT_FIRST = (1, 2, 3)
 
@@ -44,7 +53,7 @@ class BinaryConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
 
     def binary_weight(self) -> Tensor:
-        """The tensor that forward convolves with: two values a filter."""
+        """The tensor that forward convolves with: two values a filter, at the latest in evaluation."""
         raise NotImplementedError
 
 
@@ -87,3 +96,22 @@ class QuadraticSign(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         slope: Tensor = x.abs().mul_(-2).add_(2).clamp_(min=0)
         return slope.mul_(grad)
+
+
+class _ClippedSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.abs() <= 1)
+        return sign(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (inside,) = ctx.saved_tensors
+        masked: Tensor = grad * inside
+        return masked
+
+
+def clipped_sign(x: Tensor) -> Tensor:
+    """Sign with the clipped straight-through estimator: the gradient passes where |x| <= 1."""
+    result: Tensor = _ClippedSign.apply(x)  # type: ignore[no-untyped-call]
+    return result

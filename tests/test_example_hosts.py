@@ -1,0 +1,210 @@
+"""The plain sign network, BinaryConnect and MD-tanh-s against their formulas, written once more in scalars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import hbnn_plugin
+from hosts import HOSTS, binary_layers, binaryconnect, mdtanh, plain
+from hosts.common import BinaryConv
+from hosts.networks import ResNet, resnet8
+from training import Recipe, make_optimizer
+
+NAMES = ("plain", "binaryconnect", "mdtanh")
+BINARY_LAYERS = [f"stages.{i}.0.conv{j}" for i in range(3) for j in (1, 2)]
+
+each_host = pytest.mark.parametrize("name", NAMES)
+two_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+# Quarters are exact in float32, and 0 and ±1, where estimators turn, are among them.
+quarters = st.integers(-8, 8).map(lambda n: n / 4)
+INPUTS = 3
+filters = st.lists(st.lists(quarters, min_size=INPUTS, max_size=INPUTS), min_size=2, max_size=2)
+inputs = st.lists(quarters, min_size=INPUTS, max_size=INPUTS)
+upstream = st.lists(quarters, min_size=2, max_size=2)
+
+
+def s(x: float) -> float:
+    return 1.0 if x >= 0 else -1.0
+
+
+def passes(x: float) -> float:
+    return 1.0 if abs(x) <= 1 else 0.0
+
+
+def pointwise(
+    layer: BinaryConv, w: list[list[float]], x: list[float], r: list[float]
+) -> tuple[list[float], list[list[float]], list[float]]:
+    """Output y of a 1 × 1 convolution of one pixel, and the gradients of Σ r·y to weight and input."""
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(w)[:, :, None, None])
+    pixel = torch.tensor(x).view(1, -1, 1, 1).requires_grad_()
+    y = layer(pixel).flatten()
+    (y * torch.tensor(r)).sum().backward()
+    assert layer.weight.grad is not None and pixel.grad is not None
+    return y.tolist(), layer.weight.grad.flatten(1).tolist(), pixel.grad.flatten().tolist()
+
+
+def close(found: list[float], expected: Iterator[float]) -> None:
+    assert found == pytest.approx(list(expected), rel=1e-5, abs=1e-6)
+
+
+# -- forward and pseudo-gradient --------
+
+
+@given(filters, inputs, upstream)
+def test_plain(w: list[list[float]], x: list[float], r: list[float]) -> None:
+    y, dw, dx = pointwise(plain.BinaryConv2d(INPUTS, 2, 1), w, x, r)
+    alpha = [sum(abs(v) for v in row) / INPUTS for row in w]
+    close(y, (a * sum(s(v) * s(xi) for v, xi in zip(row, x)) for a, row in zip(alpha, w)))
+    for found, row, a, ro in zip(dw, w, alpha, r):
+        close(found, (ro * s(xi) * a * passes(v) for v, xi in zip(row, x)))
+    close(dx, (passes(x[i]) * sum(ro * a * s(row[i]) for ro, a, row in zip(r, alpha, w)) for i in range(INPUTS)))
+
+
+@given(filters, inputs, upstream)
+def test_binaryconnect(w: list[list[float]], x: list[float], r: list[float]) -> None:
+    y, dw, dx = pointwise(binaryconnect.BinaryConv2d(INPUTS, 2, 1), w, x, r)
+    close(y, (sum(s(v) * xi for v, xi in zip(row, x)) for row in w))
+    for found, row, ro in zip(dw, w, r):
+        close(found, (ro * xi * passes(v) for v, xi in zip(row, x)))
+    close(dx, (sum(ro * s(row[i]) for ro, row in zip(r, w)) for i in range(INPUTS)))
+
+
+@given(filters, inputs, upstream, st.floats(0, 1), st.booleans())
+def test_mdtanh(w: list[list[float]], x: list[float], r: list[float], progress: float, training: bool) -> None:
+    layer = mdtanh.BinaryConv2d(INPUTS, 2, 1).train(training)
+    mdtanh.set_progress(layer, progress)
+    beta = math.exp(progress * math.log(10_000))
+    primal = [[math.tanh(beta * v) if training else s(v) for v in row] for row in w]
+    y, dw, dx = pointwise(layer, w, x, r)
+    close(y, (sum(p * xi for p, xi in zip(row, x)) for row in primal))
+    for found, ro in zip(dw, r):
+        close(found, (ro * xi for xi in x))  # the identity, however far tanh saturates
+    close(dx, (sum(ro * row[i] for ro, row in zip(r, primal)) for i in range(INPUTS)))
+
+
+@each_host
+@two_modes
+def test_binary_weight_is_what_forward_convolves_with(name: str, training: bool) -> None:
+    """With stride, padding and bias; what is padded is zero, also behind the sign of a 1/1 host."""
+    torch.manual_seed(0)
+    layer = HOSTS[name].conv(3, 4, 3, stride=2, padding=1, bias=True).train(training)
+    assert isinstance(layer, BinaryConv) and layer.bias is not None
+    x = torch.randn(2, 3, 7, 7)
+    seen = torch.where(x >= 0, 1.0, -1.0) if name == "plain" else x
+    expected = F.conv2d(F.pad(seen, (1, 1, 1, 1)), layer.binary_weight(), layer.bias, stride=2)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    assert torch.equal(layer.binary_weight() > 0, layer.weight > 0)  # what FlipMeter compares
+
+
+# -- schedules --------
+
+
+@pytest.mark.parametrize("name", ["plain", "binaryconnect"])
+def test_hosts_without_a_schedule_keep_their_state(name: str) -> None:
+    net = resnet8(HOSTS[name].conv, width=4)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    HOSTS[name].set_progress(net, 0.7)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_mdtanh_goes_from_the_latent_weight_to_its_sign() -> None:
+    torch.manual_seed(0)
+    net = resnet8(mdtanh.BinaryConv2d, width=4)
+    shares = []
+    for progress, beta in ((0.0, 1.0), (0.25, 10.0), (0.5, 100.0), (1.0, 10_000.0)):
+        mdtanh.set_progress(net, progress)
+        layers = [layer for _, layer in binary_layers(net)]
+        assert [float(layer.get_buffer("beta")) for layer in layers] == pytest.approx([beta] * len(BINARY_LAYERS))
+        weights = torch.cat([layer.binary_weight().flatten() for layer in layers])
+        shares.append(float((weights.abs() > 0.99).float().mean()))
+    assert shares == sorted(shares)
+    assert shares[0] < 0.01
+    assert shares[-1] > 0.99
+
+
+def test_mdtanh_keeps_beta_in_checkpoints() -> None:
+    net = resnet8(mdtanh.BinaryConv2d, width=4)
+    mdtanh.set_progress(net, 0.5)
+    copy = resnet8(mdtanh.BinaryConv2d, width=4)
+    copy.load_state_dict(net.state_dict())
+    for (_, old), (_, new) in zip(binary_layers(net), binary_layers(copy)):
+        assert float(new.get_buffer("beta")) == pytest.approx(100)
+        assert torch.equal(old.binary_weight(), new.binary_weight())
+
+
+@pytest.mark.parametrize(("name", "decay"), [("plain", 5e-4), ("binaryconnect", 5e-4), ("mdtanh", 0.0)])
+def test_weight_decay_of_latent_weights(name: str, decay: float) -> None:
+    net = resnet8(HOSTS[name].conv, width=4)
+    optimizer = make_optimizer(net, HOSTS[name], Recipe())
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {decays[id(layer.weight)] for _, layer in binary_layers(net)} == {decay}
+    assert decays[id(net.linear.weight)] == 5e-4
+
+
+# -- in a network, with HBNN --------
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(32, 3, 8, 8, dtype=torch.double, generator=generator), torch.randint(
+        0, 10, (32,), generator=generator
+    )
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Steps on one batch; the loss before each."""
+    images, labels = batch()
+    net.train()
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def network(name: str) -> ResNet:
+    """Halfway through its schedule; in float64, where no activation is so close to zero that rounding turns it."""
+    torch.manual_seed(0)
+    net = resnet8(HOSTS[name].conv, width=8).double()
+    HOSTS[name].set_progress(net, 0.5)
+    return net
+
+
+@two_modes
+@each_host
+def test_apply_and_fuse_keep_outputs(name: str, training: bool) -> None:
+    net = network(name)
+    images, _ = batch()
+    train(net, torch.optim.SGD(net.parameters(), lr=0.1), 2)  # a BatchNorm that does nothing leaves zeros to the sign
+    bare = net.train(training)(images)
+    hbnn_plugin.apply(net)  # warnings are errors here
+    assert [n for n, m in net.named_modules() if hasattr(m, "parametrizations")] == BINARY_LAYERS
+    assert torch.allclose(net(images), bare)
+    train(net, torch.optim.SGD(net.parameters(), lr=0.1), 2)
+    assert all(layer.reach > 0 for layer in hbnn_plugin.cluster_report(net).values())
+    trained = net.train(training)(images)
+    assert not torch.allclose(trained, bare)
+    hbnn_plugin.fuse(net)
+    assert {type(layer) for _, layer in binary_layers(net)} == {HOSTS[name].conv}
+    assert torch.allclose(net(images), trained)
+
+
+@each_host
+def test_latent_weights_alone_reduce_the_loss(name: str) -> None:
+    net = network(name)
+    latent = [layer.weight for _, layer in binary_layers(net)]
+    losses = train(net, torch.optim.SGD(latent, lr=0.1, momentum=0.9), 40)
+    assert losses[-1] < 0.5 * losses[0]
