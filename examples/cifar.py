@@ -1,11 +1,13 @@
-"""CIFAR-10 in its official binary layout, read without pickle.
+"""CIFAR-10 and CIFAR-100 in their official binary layouts, read without pickle.
 
-``cifar-10-batches-bin`` holds ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin``, each of 10000
-records: one byte of label, then 32 × 32 bytes of red, of green, of blue.
+``cifar-10-batches-bin`` holds ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin``, each of 10,000
+records: one byte of label, then 32 × 32 bytes of red, of green, of blue. ``cifar-100-binary`` holds ``train.bin`` of
+50,000 records and ``test.bin`` of 10,000, with two bytes of label: the coarse class, and the fine one, which is used.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,70 +17,133 @@ from torch.nn import functional as F
 from images import Images
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 __all__ = ["load"]
 
-FOLDER = "cifar-10-batches-bin"
+PIXEL_BYTES = 3 * 32 * 32
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
-RECORDS = 10_000
-RECORD_BYTES = 1 + 3 * 32 * 32
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2470, 0.2435, 0.2616)
-MEND = "Get the binary version (cifar-10-binary.tar.gz) from https://www.cs.toronto.edu/~kriz/cifar.html and unpack it."
+RECORD_BYTES = 1 + PIXEL_BYTES
+"""Of CIFAR-10."""
 
 
-def load(data: Path, size: int = 32, limit: int | None = None) -> tuple[Images, Images]:
+@dataclass(frozen=True)
+class _Layout:
+    """How one of the two lies on disk."""
+
+    name: str
+    folder: str
+    archive: str
+    train: Mapping[str, int]
+    """File → records in it."""
+    test: Mapping[str, int]
+    labels: Mapping[str, int]
+    """The label bytes that a record begins with, and how many classes each of them knows; the last one is used."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def record_bytes(self) -> int:
+        return len(self.labels) + PIXEL_BYTES
+
+    @property
+    def mend(self) -> str:
+        return (
+            f"Get the binary version ({self.archive}) from https://www.cs.toronto.edu/~kriz/cifar.html and unpack it."
+        )
+
+
+LAYOUTS = {
+    10: _Layout(
+        name="CIFAR-10",
+        folder="cifar-10-batches-bin",
+        archive="cifar-10-binary.tar.gz",
+        train=dict.fromkeys(TRAIN_FILES, 10_000),
+        test=dict.fromkeys(TEST_FILES, 10_000),
+        labels={"label": 10},
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    ),
+    100: _Layout(
+        name="CIFAR-100",
+        folder="cifar-100-binary",
+        archive="cifar-100-binary.tar.gz",
+        train={"train.bin": 50_000},
+        test={"test.bin": 10_000},
+        labels={"coarse label": 20, "fine label": 100},
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+    ),
+}
+"""By number of classes."""
+
+
+def load(data: Path, size: int = 32, limit: int | None = None, classes: int = 10) -> tuple[Images, Images]:
     """The training set (augmented) and the test set.
 
     Args:
-        data: the folder ``cifar-10-batches-bin``, or the one that contains it.
+        data: the folder ``cifar-10-batches-bin`` or ``cifar-100-binary``, or the one that contains it.
         size: 32, or 16 for images averaged over 2 × 2 pixels.
         limit: keep the first so many training images, and at most as many test images.
+        classes: 10 for CIFAR-10, 100 for CIFAR-100.
     """
     if size not in (16, 32):
         raise ValueError(f"size is {size}; CIFAR images come at 32 or, averaged over 2 x 2 pixels, at 16.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; at least one image is needed.")
-    folder = _find(data)
-    train, test = (_read_split(folder, names, size, limit) for names in (TRAIN_FILES, TEST_FILES))
+    if classes not in LAYOUTS:
+        raise ValueError(f"classes is {classes}; CIFAR comes with 10 or with 100.")
+    layout = LAYOUTS[classes]
+    folder = _find(data, layout)
+    train, test = (_read_split(folder, layout, files, size, limit) for files in (layout.train, layout.test))
     # A crop may shift by an eighth of the image: the usual 4 pixels of 32.
-    return Images(*train, MEAN, STD, shift=size // 8, flip=True), Images(*test, MEAN, STD)
+    return Images(*train, layout.mean, layout.std, shift=size // 8, flip=True), Images(*test, layout.mean, layout.std)
 
 
-def _find(data: Path) -> Path:
-    for folder in (data, data / FOLDER):
-        if any((folder / name).is_file() for name in TRAIN_FILES + TEST_FILES):
+def _find(data: Path, layout: _Layout) -> Path:
+    for folder in (data, data / layout.folder):
+        if any((folder / name).is_file() for name in (*layout.train, *layout.test)):
             return folder
-    raise FileNotFoundError(f"No CIFAR-10 files such as {TRAIN_FILES[0]} in {data} or in {data / FOLDER}. {MEND}")
+    raise FileNotFoundError(
+        f"No {layout.name} files such as {next(iter(layout.train))} in {data} or in {data / layout.folder}. "
+        f"{layout.mend}"
+    )
 
 
 def _read_split(
-    folder: Path, names: tuple[str, ...], size: int, limit: int | None
+    folder: Path, layout: _Layout, files: Mapping[str, int], size: int, limit: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    wanted = min(limit or RECORDS * len(names), RECORDS * len(names))
+    wanted = sum(files.values()) if limit is None else limit
     parts = []
-    for i, name in enumerate(names):
-        parts.append(_read_file(folder / name, max(0, min(RECORDS, wanted - i * RECORDS))))
+    for name, count in files.items():
+        parts.append(_read_file(folder / name, layout, count, min(count, wanted)))
+        wanted -= len(parts[-1])
     records = torch.from_numpy(np.concatenate(parts))
-    pixels = records[:, 1:].view(-1, 3, 32, 32)
+    pixels = records[:, len(layout.labels) :].view(-1, 3, 32, 32)
     if size == 16:
         pixels = F.avg_pool2d(pixels.float(), 2).round_().to(torch.uint8)
-    return pixels, records[:, 0].long()
+    return pixels, records[:, len(layout.labels) - 1].long()
 
 
-def _read_file(path: Path, count: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def _read_file(
+    path: Path, layout: _Layout, records: int, count: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """The first ``count`` records of a file, whose length is checked as a whole."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, other CIFAR-10 files are there. {MEND}")
-    length, expected = path.stat().st_size, RECORDS * RECORD_BYTES
+        raise FileNotFoundError(f"{path} is missing, other {layout.name} files are there. {layout.mend}")
+    length, expected = path.stat().st_size, records * layout.record_bytes
     if length != expected:
         problem = "truncated" if length < expected else "too long"
-        raise ValueError(f"{path} is {problem}: {length} bytes instead of {expected}. {MEND}")
-    records = np.fromfile(path, dtype=np.uint8, count=count * RECORD_BYTES).reshape(count, RECORD_BYTES)
-    wrong = np.flatnonzero(records[:, 0] > 9)
-    if wrong.size:
-        label = records[wrong[0], 0]
-        raise ValueError(f"{path} is damaged: record {wrong[0]} has label {label}, and labels end at 9. {MEND}")
-    return records
+        raise ValueError(f"{path} is {problem}: {length} bytes instead of {expected}. {layout.mend}")
+    read = np.fromfile(path, dtype=np.uint8, count=count * layout.record_bytes).reshape(count, layout.record_bytes)
+    for i, (name, classes) in enumerate(layout.labels.items()):
+        wrong = np.flatnonzero(read[:, i] >= classes)
+        if wrong.size:
+            value = read[wrong[0], i]
+            raise ValueError(
+                f"{path} is damaged: record {wrong[0]} has {name} {value}, and {name}s end at {classes - 1}. "
+                f"{layout.mend}"
+            )
+    return read

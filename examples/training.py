@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from distributed import ALONE
 from flips import MEAN
 from hosts import binary_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from distributed import World
     from flips import FlipMeter, OscillationMeter
     from hosts import Host
-    from images import Images
+    from images import ImageSet
 
 __all__ = ["Diverged", "Progress", "Recipe", "accuracy", "fit", "make_optimizer", "predict", "progress_bar"]
 
@@ -39,6 +41,7 @@ class Recipe:
 
     epochs: int = 120
     batch_size: int = 128
+    """Over all processes."""
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -78,8 +81,8 @@ def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     host: Host,
-    train: Images,
-    test: Images,
+    train: ImageSet,
+    test: ImageSet,
     recipe: Recipe,
     meter: FlipMeter,
     bar: tqdm,
@@ -88,16 +91,21 @@ def fit(
     checkpoint_every: int | None = None,
     network: Callable[[Tensor], Tensor] | None = None,
     oscillation: OscillationMeter | None = None,
+    world: World = ALONE,
 ) -> Progress:
     """Train from ``progress`` to the last epoch; test and record after each.
 
     ``checkpoint`` is called after each epoch, and within one after every ``checkpoint_every`` steps. ``network`` is the
-    model as training calls it, such as ``torch.compile(model)``; by default the model itself. ``oscillation``
+    model as training calls it, such as ``torch.compile(model)``; by default ``world.parallel(model)``. ``oscillation``
     samples the signs; then each epoch's record holds its ratio, and the flips layer by layer.
+
+    In a ``world`` of several ranks, all pass the same arguments and get the same figures, those of all ranks together;
+    ``checkpoint`` is called on rank 0 alone.
     """
     progress = progress or Progress()
-    network = model if network is None else network  # a compiled model has no truth value
-    steps = train.steps(recipe.batch_size)
+    network = world.parallel(model) if network is None else network  # a compiled model has no truth value
+    checkpoint_here = checkpoint if world.rank == 0 else None
+    steps = train.steps(recipe.batch_size, world)
     while progress.epoch < recipe.epochs:
         host.set_progress(model, progress.epoch / recipe.epochs)
         rate = recipe.learning_rate(progress.epoch)
@@ -107,27 +115,31 @@ def fit(
         if oscillation:
             oscillation.restart(model)
         clock = time.perf_counter() - progress.seconds
-        # Summed on the device: reading the loss in every step would make a GPU wait.
-        loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float32, device=train.labels.device)
-        for images, labels in train.epoch(recipe.seed, progress.epoch, recipe.batch_size, progress.step):
+        # Summed on the device: reading the loss in every step would make a GPU wait. Each rank has its part of the sum.
+        loss_sum = torch.tensor(progress.loss_sum / world.size, dtype=torch.float32, device=_device(model))
+        for images, labels in train.epoch(recipe.seed, progress.epoch, recipe.batch_size, progress.step, world):
             optimizer.zero_grad()
-            loss = F.cross_entropy(network(images), labels)
+            # The ranks' mean losses count as their shares of the batch do, which may differ in the last one.
+            batch = min(recipe.batch_size, len(train) - progress.step * recipe.batch_size)
+            loss = F.cross_entropy(network(images), labels) * (len(labels) * world.size / batch)
             loss.backward()
             optimizer.step()
-            loss_sum += loss.detach()
+            loss_sum += loss.detach() / world.size
             progress.step += 1
             bar.update()
             if oscillation and progress.step % OSCILLATION_EVERY == 0:
                 oscillation.sample(model)
-            if checkpoint and checkpoint_every and progress.step % checkpoint_every == 0 and progress.step < steps:
-                progress.loss_sum, progress.seconds = loss_sum.item(), time.perf_counter() - clock
-                checkpoint(progress)
+            if checkpoint_every and progress.step % checkpoint_every == 0 and progress.step < steps:
+                progress.loss_sum, progress.seconds = world.sum(loss_sum).item(), time.perf_counter() - clock
+                loss_sum /= world.size
+                if checkpoint_here:
+                    checkpoint_here(progress)
         flips = meter.ratios(model)
         record: dict[str, Any] = {
             "epoch": progress.epoch + 1,
             "lr": rate,
-            "train_loss": loss_sum.item() / steps,
-            "test_accuracy": accuracy(model, test),
+            "train_loss": world.sum(loss_sum).item() / steps,
+            "test_accuracy": accuracy(model, test, world),
             "flip_ratio": flips.pop(MEAN),
             "seconds": round(time.perf_counter() - clock, 3),
         }
@@ -139,21 +151,31 @@ def fit(
             )
         progress = Progress(epoch=progress.epoch + 1, history=[*progress.history, record])
         bar.set_postfix(loss=f"{record['train_loss']:.3f}", test=f"{record['test_accuracy']:.1%}")
-        if checkpoint:
-            checkpoint(progress)
+        if checkpoint_here:
+            checkpoint_here(progress)
     return progress
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Images) -> Tensor:
+def predict(model: nn.Module, images: ImageSet) -> Tensor:
     """Logits of a whole set, in evaluation mode."""
     model.eval()
     return torch.cat([model(batch) for batch, _ in images.batches(EVALUATION_BATCH)])
 
 
-def accuracy(model: nn.Module, images: Images) -> float:
-    """Share of images classified correctly."""
-    return int((predict(model, images).argmax(1) == images.labels).sum()) / len(images)
+@torch.no_grad()
+def accuracy(model: nn.Module, images: ImageSet, world: World = ALONE) -> float:
+    """Share of images classified correctly, each rank classifying its part."""
+    world.copy_buffers(model)
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=_device(model))
+    for batch, labels in images.batches(EVALUATION_BATCH, world):
+        correct += (model(batch).argmax(1) == labels).sum()
+    return int(world.sum(correct)) / len(images)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def progress_bar(title: str, total: int, done: int = 0) -> tqdm:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -20,23 +19,19 @@ from scipy import stats
 
 from reproduction import ledger
 from reproduction.arms import ARMS
-from reproduction.experiments import Lines, Study
 from reproduction.presets import PRESETS
-from reproduction.report import difference, table
+from reproduction.protocol import Case, Lines, Study
 from reproduction.runs import Run, execute
 from reproduction.statistics import paired
+from study_lines import line
 
 REPRODUCE = Path(__file__).parent.parent / "examples" / "reproduce.py"
-SMOKE = PRESETS["smoke"]
+TASK = PRESETS["smoke"].tasks[0]
+CASE = Case(TASK, "irnet")
 
 
 def study(seeds: int = 2, arms: tuple[str, ...] = ("bare", "HBNN")) -> Study:
-    return Study(SMOKE, ["irnet"], {arm: ARMS[arm] for arm in arms}, seeds)
-
-
-def line(run: Run, accuracy: float) -> dict[str, Any]:
-    figures = {"accuracy": [accuracy], "flip_ratio": [0.3], "oscillation": [0.1]}
-    return {"config": json.loads(json.dumps(run.config)), **figures}
+    return Study([CASE], {arm: ARMS[arm] for arm in arms}, seeds, compiled=False)
 
 
 def test_tuning_sees_the_whole_grid_then_the_best_at_full_length_and_never_the_test_set() -> None:
@@ -47,8 +42,8 @@ def test_tuning_sees_the_whole_grid_then_the_best_at_full_length_and_never_the_t
         done += [line(run, run.recipe.lr if run.arm == "bare" else 1 - run.recipe.lr) for run in missing]
     grid, finals, fresh = rounds
     assert [run.split for run in (*grid, *finals)] == ["validation"] * (len(grid) + len(finals))
-    assert {(run.arm, run.recipe.lr) for run in grid} == {(a, lr) for a in s.arms for lr in SMOKE.learning_rates}
-    assert {run.recipe.epochs for run in grid} == {SMOKE.short_epochs}
+    assert {(run.arm, run.recipe.lr) for run in grid} == {(a, lr) for a in s.arms for lr in TASK.learning_rates}
+    assert {run.recipe.epochs for run in grid} == {TASK.short_epochs}
     assert {(run.arm, run.recipe.lr) for run in finals} == {("bare", 0.3), ("HBNN", 0.1)}
     assert [(run.arm, run.recipe.seed) for run in fresh] == [("bare", 0), ("HBNN", 0), ("bare", 1), ("HBNN", 1)]
     assert {run.split for run in fresh} == {"test"}
@@ -58,29 +53,27 @@ def test_tuning_sees_the_whole_grid_then_the_best_at_full_length_and_never_the_t
 
 def test_a_diverged_run_loses_the_tuning() -> None:
     s = study()
-    done = [line(run, 0.5) for run in s.grid("irnet", "bare")]
+    done = [line(run, 0.5) for run in s.grid(CASE, "bare")]
     done[0] = {"config": done[0]["config"], "diverged": "The training loss is nan"}
-    (final,) = s.finals("irnet", "bare", Lines(done))
-    assert final.recipe.lr == SMOKE.learning_rates[1]
+    (final,) = s.finals(CASE, "bare", Lines(done))
+    assert final.recipe.lr == TASK.learning_rates[1]
 
 
 def test_a_name_changes_no_configuration_and_every_option_does() -> None:
-    first = study().grid("irnet", "HBNN")[0]
+    first = study().grid(CASE, "HBNN")[0]
     renamed = Run(**{**vars(first), "arm": "another name"})
     other = Run(**{**vars(first), "options": {**(first.options or {}), "radius": 0.1}})
     assert first.key == renamed.key != other.key
 
 
-def test_the_report_pairs_seeds() -> None:
-    s = study(seeds=3)
-    done: list[dict[str, Any]] = []
-    while missing := s.missing(Lines(done)):
-        done += [line(run, 0.6 + 0.01 * run.recipe.seed + 0.02 * (run.arm == "HBNN")) for run in missing]
-    lines = Lines(done)
-    found = difference(s, "irnet", "HBNN", lines)
-    assert found is not None
-    assert (found.count, round(found.mean, 9)) == (3, 2.0)
-    assert "+2.00 (3)" in table(s, lines)
+def test_a_grid_of_one_point_is_not_tuned_and_the_readout_is_a_mean() -> None:
+    case = Case(PRESETS["smoke"].tasks[1], "irnet")
+    s = Study([case], {"bare": None}, 1, compiled=False)
+    (run,) = s.missing(Lines([]))
+    assert (run.split, run.recipe.lr) == ("test", case.task.learning_rates[0])
+    done = {**line(run, 0), "accuracy": [0.1, 0.3, 0.5]}
+    assert Lines([done]).accuracy(run, case.task.readout) == pytest.approx(0.4)
+    assert s.epochs_left(Lines([done])) == 0
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=3, max_size=12))
@@ -120,7 +113,7 @@ def test_the_ledger_survives_a_torn_last_line_and_names_a_damaged_one(tmp_path: 
 
 
 def test_a_run_stopped_after_an_epoch_leaves_the_same_line(data: Path, tmp_path: Path) -> None:
-    run = study().run("irnet", "HBNN", 0.1, 5e-4, 3, 0, "test")
+    run = study().run(CASE, "HBNN", 0.1, 5e-4, 3, 0, "test")
     whole = execute(run, data, tmp_path / "whole")
 
     def stop() -> None:
@@ -136,7 +129,8 @@ def test_a_run_stopped_after_an_epoch_leaves_the_same_line(data: Path, tmp_path:
 
 def test_a_study_killed_and_repeated_ends_with_the_same_lines(data: Path, tmp_path: Path) -> None:
     def command(name: str) -> list[str]:
-        options = ["--preset", "smoke", "--hosts", "irnet", "--arms", "bare", "HBNN", "--seeds", "1", "--jobs", "1"]
+        options = ["--preset", "smoke", "--archs", "resnet8", "--hosts", "irnet", "--arms", "bare", "HBNN"]
+        options += ["--seeds", "1", "--jobs", "1"]
         folders = ["--data", str(data), "--results", str(tmp_path / name), "--runs", str(tmp_path / name / "runs")]
         return [sys.executable, str(REPRODUCE), "table5", *options, *folders]
 
@@ -154,5 +148,3 @@ def test_a_study_killed_and_repeated_ends_with_the_same_lines(data: Path, tmp_pa
     assert len(lines("killed")) < len(lines("whole"))
     subprocess.run(command("killed"), check=True, capture_output=True)
     assert lines("killed") == lines("whole")
-    subprocess.run([*command("killed"), "--report"], check=True, capture_output=True)
-    assert (tmp_path / "killed" / "table5-smoke.png").read_bytes().startswith(b"\x89PNG")

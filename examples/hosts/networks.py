@@ -1,8 +1,9 @@
-"""The networks of the binary literature for 32 × 32 images, for any host's convolution.
+"""The networks of the binary literature, for any host's convolution.
 
 Full precision stay the first convolution, the last linear layer and the 1 × 1 downsampling. Every binary convolution of
 a residual network has a shortcut of its own (Bi-Real Net, arXiv:1808.00278; so do the public IR-Net networks):
-x ← hardtanh(BatchNorm(conv(x)) + shortcut(x)). Before the last layer comes a BatchNorm of the pooled features.
+x ← hardtanh(BatchNorm(conv(x)) + shortcut(x)). Before the last layer comes a BatchNorm of the pooled features. The same
+holds for ImageNet (the public networks of IR-Net and ReCU), where only the stem differs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,20 @@ if TYPE_CHECKING:
 
     from hosts.common import BinaryConvClass
 
-__all__ = ["NETWORKS", "ResNet", "VggSmall", "resnet8", "resnet18", "resnet20", "vgg_small"]
+__all__ = [
+    "NETWORKS",
+    "ResNet",
+    "VggSmall",
+    "resnet8",
+    "resnet18",
+    "resnet18_imagenet",
+    "resnet20",
+    "resnet34_imagenet",
+    "vgg_small",
+]
+
+
+WIDE = (64, 128, 256, 512)
 
 
 class _PadShortcut(nn.Module):
@@ -54,7 +68,10 @@ class _Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A 3 × 3 stem, then stages of ``blocks[i]`` blocks of ``widths[i]`` channels; all but one halve the image."""
+    """A stem, then stages of ``blocks[i]`` blocks of ``widths[i]`` channels; all but the first halve the image.
+
+    The stem is a 3 × 3 convolution, or for ImageNet one of 7 × 7 and a max pooling, each of which halves the image too.
+    """
 
     def __init__(
         self,
@@ -64,10 +81,13 @@ class ResNet(nn.Module):
         num_classes: int,
         in_channels: int,
         downsample: bool,
+        imagenet: bool = False,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+        kernel, stride = (7, 2) if imagenet else (3, 1)
+        self.conv1 = nn.Conv2d(in_channels, widths[0], kernel, stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1) if imagenet else nn.Identity()
         width_in = widths[0]
         stages = []
         for i, (count, width) in enumerate(zip(blocks, widths, strict=True)):
@@ -82,7 +102,7 @@ class ResNet(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(F.hardtanh(self.bn1(self.conv1(x))))
+        x = self.stages(self.pool(F.hardtanh(self.bn1(self.conv1(x)))))
         out: Tensor = self.linear(self.bn2(x.mean((2, 3))))
         return out
 
@@ -127,7 +147,17 @@ def resnet20(conv: BinaryConvClass, num_classes: int = 10, in_channels: int = 3)
 
 def resnet18(conv: BinaryConvClass, num_classes: int = 10, in_channels: int = 3) -> ResNet:
     """64-128-256-512 channels, two blocks a stage; full-precision 1 × 1 downsampling, no pooling after the stem."""
-    return ResNet(conv, (2, 2, 2, 2), (64, 128, 256, 512), num_classes, in_channels, downsample=True)
+    return ResNet(conv, (2, 2, 2, 2), WIDE, num_classes, in_channels, downsample=True)
+
+
+def resnet18_imagenet(conv: BinaryConvClass, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
+    """As `resnet18`, behind the stem for 224 × 224 images."""
+    return ResNet(conv, (2, 2, 2, 2), WIDE, num_classes, in_channels, downsample=True, imagenet=True)
+
+
+def resnet34_imagenet(conv: BinaryConvClass, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
+    """Three, four, six and three blocks of the same widths."""
+    return ResNet(conv, (3, 4, 6, 3), WIDE, num_classes, in_channels, downsample=True, imagenet=True)
 
 
 def vgg_small(conv: BinaryConvClass, num_classes: int = 10, in_channels: int = 3) -> VggSmall:
@@ -138,6 +168,8 @@ def vgg_small(conv: BinaryConvClass, num_classes: int = 10, in_channels: int = 3
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": resnet8,
     "resnet18": resnet18,
+    "resnet18_imagenet": resnet18_imagenet,
     "resnet20": resnet20,
+    "resnet34_imagenet": resnet34_imagenet,
     "vgg_small": vgg_small,
 }

@@ -4,24 +4,56 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ARMS", "BARE"]
+__all__ = ["ARMS", "BARE", "RADII", "SEARCHED"]
 
 BARE = "bare"
 
-_LITERAL: dict[str, Any] = {"space": "ball", "radius": 0.05, "per": "filter", "rule": "mobius", "point_lr": 1.0}
+Options = dict[str, Any]
 
-_SPECTRAL: dict[str, Any] = {**_LITERAL, "rule": "spectral", "point_lr": 0.5, "point_decay": 0.05}
+_LITERAL: Options = {"space": "ball", "radius": 0.05, "per": "filter", "rule": "mobius", "point_lr": 1.0}
+_SPHERE: Options = {"space": "sphere", "radius": 1.0, "per": "filter", "rule": "mobius", "point_lr": 1.0}
+_SPECTRAL: Options = {**_LITERAL, "rule": "spectral", "point_lr": 0.5, "point_decay": 0.05}
+_FLAT = 1e-12
 
-ARMS: dict[str, dict[str, Any] | None] = {
+_OPEN: dict[str, Options] = {
+    "per layer": {**_LITERAL, "per": "layer"},
+    "r = 1": {**_LITERAL, "radius": 1.0},
+    "relative": {**_LITERAL, "relative": True},
+    "relative, r = 0.5": {**_LITERAL, "relative": True, "radius": 0.5},
+    "Riemannian": {**_LITERAL, "rule": "riemannian"},
+    "alternating": {**_LITERAL, "order": "alternating"},
+    "start 0.5": {**_LITERAL, "start": 0.5},
+    "point_lr 0.3": {**_LITERAL, "point_lr": 0.3},
+    "point_lr 3": {**_LITERAL, "point_lr": 3.0},
+    "point_momentum 0.9, point_lr 0.1": {**_LITERAL, "point_momentum": 0.9, "point_lr": 0.1},
+    "point_decay 5e-4": {**_LITERAL, "point_decay": 5e-4},
+}
+"""One choice at a time away from the literal reading."""
+
+_TABLE1 = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
+_RADII: dict[str, Options] = {
+    **{f"HBNN, r = {r:g}": {**_LITERAL, "radius": r} for r in _TABLE1},
+    **{f"SBNN, r = {r:g}": {**_SPHERE, "radius": r} for r in _TABLE1},
+}
+
+ARMS: dict[str, Options | None] = {
     BARE: None,
     "fixed point": {**_LITERAL, "rule": "fixed", "start": 0.5},
-    "Euclidean": {**_LITERAL, "radius": 1e-12},
-    "SBNN": {"space": "sphere", "radius": 1.0, "per": "filter", "rule": "mobius", "point_lr": 1.0},
+    "Euclidean": {**_LITERAL, "radius": _FLAT},
+    "SBNN": _SPHERE,
     "HBNN": _LITERAL,
-    "Euclidean, spectral": {**_SPECTRAL, "radius": 1e-12},
+    "Euclidean, spectral": {**_SPECTRAL, "radius": _FLAT},
     "HBNN, spectral": _SPECTRAL,
+    **_OPEN,
+    **_RADII,
 }
 """Name → options, spelled out so that a change of the library's defaults changes no arm; None is the host alone.
 
 "Euclidean" is x = v + p, the point as a second copy of the weights without curvature. "spectral" goes beyond the paper.
 """
+
+SEARCHED = ("HBNN", "HBNN, spectral", *_OPEN, "fixed point", "Euclidean", "Euclidean, spectral", "SBNN")
+"""The search for a default, and its controls."""
+
+RADII = tuple(_RADII)
+"""Of Table I."""

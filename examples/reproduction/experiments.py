@@ -1,114 +1,68 @@
-"""Which runs an experiment needs next, given the lines so far.
-
-Protocol, the same for every arm: the learning rate and the weight decay come from the same grid, by accuracy on
-held-out training images; the whole grid at a short schedule first, then its best points at the full one. Fresh seeds
-with the winner then train on all training images and are read on the test set, after the last epoch.
-"""
+"""The paper's experiments: which comparison each one is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from reproduction.runs import Run, Split, key_of
-from training import Recipe
+from reproduction.arms import ARMS, BARE, RADII, SEARCHED
+from reproduction.protocol import Case, Study
+from reproduction.search import Search
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Sequence
 
     from reproduction.presets import Preset
 
-__all__ = ["Lines", "Study"]
-
-TUNING_SEED = 1000
-"""Of tuning runs; fresh seeds count from 0."""
-
-
-class Lines:
-    """Finished runs by configuration."""
-
-    def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        self._by_key = {key_of(line["config"]): line for line in lines}
-
-    def __contains__(self, run: Run) -> bool:
-        return run.key in self._by_key
-
-    def of(self, run: Run) -> Mapping[str, Any]:
-        """The line of a finished run."""
-        return self._by_key[run.key]
-
-    def accuracy(self, run: Run) -> float:
-        """After the last epoch, when the learning rate has come down; 0 for a run that diverged."""
-        line = self.of(run)
-        accuracy: float = 0.0 if "diverged" in line else line["accuracy"][-1]
-        return accuracy
-
-    def done(self, runs: Iterable[Run]) -> bool:
-        """Whether all of them have finished."""
-        return all(run in self for run in runs)
+__all__ = ["EXPERIMENTS", "Experiment"]
 
 
 @dataclass(frozen=True)
-class Study:
-    """Some arms on some hosts at one preset."""
+class Experiment:
+    """What is compared, before a preset says at which size."""
 
-    preset: Preset
-    hosts: Sequence[str]
-    arms: Mapping[str, dict[str, Any] | None]
-    seeds: int
+    title: str
+    datasets: tuple[str, ...]
+    """Those that the preset has; all of the preset's if it has none of them."""
+    hosts: tuple[str, ...]
+    arms: tuple[str, ...]
+    seeds: int | None = None
+    """Fresh seeds; by default the preset's."""
 
-    def run(self, host: str, arm: str, lr: float, decay: float, epochs: int, seed: int, split: Split) -> Run:
-        """One run of this study."""
-        p = self.preset
-        recipe = Recipe(epochs, p.batch_size, lr, weight_decay=decay, seed=seed)
-        return Run(host, arm, self.arms[arm], recipe, p.arch, p.size, split, p.limit, p.compiled)
+    def cases(self, preset: Preset, hosts: Sequence[str] = (), archs: Sequence[str] = ()) -> list[Case]:
+        """Every host on every task; ``hosts`` and ``archs`` narrow it. Raises ValueError if nothing is left."""
+        tasks = [task for task in preset.tasks if task.dataset in self.datasets] or list(preset.tasks)
+        chosen = [task for task in tasks if not archs or task.arch in archs]
+        if not chosen:
+            raise ValueError(f"no {' or '.join(archs)} in this experiment, which has {', '.join(map(str, tasks))}")
+        return [Case(task, host) for task in chosen for host in hosts or self.hosts]
 
-    def grid(self, host: str, arm: str) -> list[Run]:
-        """The first tuning round."""
-        p = self.preset
-        points = product(p.learning_rates, p.weight_decays)
-        return [self.run(host, arm, lr, wd, p.short_epochs, TUNING_SEED, "validation") for lr, wd in points]
+    def study(self, preset: Preset, cases: Sequence[Case], arms: Sequence[str] = (), seeds: int = 0) -> Study:
+        """Its arms, tuned alike and then on fresh seeds; by default all arms and its own or the preset's seeds."""
+        chosen = {arm: ARMS[arm] for arm in arms or self.arms}
+        return Study(cases, chosen, seeds or self.seeds or preset.seeds, preset.compiled)
 
-    def finals(self, host: str, arm: str, lines: Lines) -> list[Run]:
-        """The second tuning round; empty while the first is unfinished."""
-        grid = self.grid(host, arm)
-        if not lines.done(grid):
-            return []
-        best = sorted(grid, key=lines.accuracy, reverse=True)[: self.preset.finalists]
-        return [
-            self.run(host, arm, r.recipe.lr, r.recipe.weight_decay, self.preset.epochs, TUNING_SEED, "validation")
-            for r in best
-        ]
+    def search(self, preset: Preset, cases: Sequence[Case], arms: Sequence[str] = ()) -> Search:
+        """Its arms by successive halving. Raises ValueError at a preset that has no room for it."""
+        if not preset.rungs:
+            raise ValueError("a search needs short schedules, which this preset does not have: take small or medium")
+        candidates = {arm: options for arm in arms or self.arms if (options := ARMS[arm]) is not None}
+        return Search(cases, candidates, preset.rungs, preset.compiled)
 
-    def tuned(self, host: str, arm: str, lines: Lines) -> Run | None:
-        """The winner of the tuning; None while it is unfinished."""
-        finals = self.finals(host, arm, lines)
-        return max(finals, key=lines.accuracy) if finals and lines.done(finals) else None
 
-    def fresh(self, host: str, arm: str, lines: Lines) -> list[Run]:
-        """The runs on the test set; empty while tuning is unfinished."""
-        best = self.tuned(host, arm, lines)
-        if best is None:
-            return []
-        lr, decay = best.recipe.lr, best.recipe.weight_decay
-        return [self.run(host, arm, lr, decay, self.preset.epochs, seed, "test") for seed in range(self.seeds)]
+_TABLE5 = (BARE, "HBNN", "Euclidean", "HBNN, spectral", "Euclidean, spectral", "SBNN", "fixed point")
+_PAPERS = (BARE, "SBNN", "HBNN")
 
-    def missing(self, lines: Lines) -> list[Run]:
-        """What can run now: tuning before fresh seeds, and of these one seed of every arm before the next."""
-        pairs = [(host, arm) for arm in self.arms for host in self.hosts]
-        grids = [run for pair in pairs for run in self.grid(*pair)]
-        finals = [run for pair in pairs for run in self.finals(*pair, lines)]
-        fresh = sorted((run for pair in pairs for run in self.fresh(*pair, lines)), key=lambda run: run.recipe.seed)
-        return [run for run in (*grids, *finals, *fresh) if run not in lines]
-
-    def epochs_left(self, lines: Lines) -> int:
-        """Of everything, with what the tuning has yet to decide."""
-        p, arms = self.preset, len(self.arms) * len(self.hosts)
-        total = arms * (len(p.learning_rates) * len(p.weight_decays) * p.short_epochs)
-        total += arms * (p.finalists + self.seeds) * p.epochs
-        pairs = [(host, arm) for arm in self.arms for host in self.hosts]
-        known = [
-            run for pair in pairs for run in (*self.grid(*pair), *self.finals(*pair, lines), *self.fresh(*pair, lines))
-        ]
-        return total - sum(run.recipe.epochs for run in known if run in lines)
+EXPERIMENTS = {
+    "search": Experiment("A default among the open choices", ("cifar10",), ("irnet", "recu"), SEARCHED),
+    "table1": Experiment("Radius", ("cifar100",), ("plain",), (BARE, *RADII)),
+    "table2": Experiment(
+        "1/1 and 1/32 networks", ("cifar10", "cifar100"), ("plain", "binaryconnect", "mdtanh"), _PAPERS
+    ),
+    "table5": Experiment(
+        "On top of existing methods", ("cifar10", "imagenet"), ("irnet", "recu", "siman", "plain"), _TABLE5
+    ),
+    "fig3": Experiment("Flips by layer", ("cifar10",), ("plain", "irnet"), _PAPERS),
+    "fig4": Experiment("Accuracy over the epochs", ("cifar10",), ("plain", "irnet"), _PAPERS),
+    "fig5": Experiment("Loss surfaces", ("cifar10",), ("plain", "irnet"), (BARE, "HBNN"), seeds=1),
+}

@@ -3,33 +3,102 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
-__all__ = ["PRESETS", "Preset"]
+__all__ = ["PRESETS", "Preset", "Task"]
 
 
 @dataclass(frozen=True)
-class Preset:
+class Task:
     """Network, images and schedule, the same for every arm."""
 
+    dataset: str
+    """cifar10, cifar100 or imagenet."""
     arch: str
     size: int
     epochs: int
     batch_size: int
-    short_epochs: int
-    """Of the first tuning round, which sees the whole grid."""
-    learning_rates: tuple[float, ...] = (0.1, 0.3, 0.6)
-    weight_decays: tuple[float, ...] = (1e-4, 2e-4, 5e-4)
+    learning_rates: tuple[float, ...]
+    weight_decays: tuple[float, ...]
+    short_epochs: int = 0
+    """Of the first tuning round, which sees the whole grid; a grid of one point is not tuned."""
     finalists: int = 2
     """Points of the grid that reach the second tuning round, of the full length."""
-    seeds: int = 5
-    """Fresh seeds on the test set."""
+    readout: int = 1
+    """Accuracy is the mean over so many last epochs."""
     limit: int | None = None
     """Use only so many images."""
+
+    @property
+    def grid(self) -> list[tuple[float, float]]:
+        """Learning rate and weight decay of each point that tuning may choose."""
+        return list(product(self.learning_rates, self.weight_decays))
+
+    def __str__(self) -> str:
+        return f"{self.dataset} {self.arch}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The tasks of one size."""
+
+    tasks: tuple[Task, ...]
+    seeds: int
+    """Fresh seeds on the test set."""
+    rungs: tuple[tuple[int, int], ...] = ()
+    """Of the search for a default: epochs, and how many candidates train for so long."""
     compiled: bool = True
     """Whether the networks train under ``torch.compile``."""
 
 
+def _medium(dataset: str, arch: str) -> Task:
+    # 120 epochs is where the paper's Table I is read
+    return Task(dataset, arch, 32, 120, 256, (0.1, 0.3, 0.6), (1e-4, 2e-4, 5e-4), short_epochs=30)
+
+
+def _paper(dataset: str, arch: str) -> Task:
+    # [HBNN] section V: SGD 0.1, cosine; the mean of the last epochs
+    return Task(dataset, arch, 32, 600, 256, (0.1,), (5e-4,), readout=10)
+
+
+def _imagenet(arch: str) -> Task:
+    return Task("imagenet", arch, 224, 250, 512, (0.1,), (1e-4,), readout=5)
+
+
 PRESETS = {
-    "smoke": Preset("resnet8", 16, 2, 32, 1, (0.1, 0.3), (5e-4,), finalists=1, seeds=2, limit=160, compiled=False),
-    "small": Preset(arch="resnet8", size=16, epochs=40, batch_size=128, short_epochs=10),
+    "smoke": Preset(
+        (
+            Task("cifar10", "resnet8", 16, 2, 32, (0.1, 0.3), (5e-4,), short_epochs=1, finalists=1, limit=160),
+            Task("imagenet", "resnet18_imagenet", 32, 2, 4, (0.1,), (1e-4,), readout=2),
+        ),
+        seeds=2,
+        rungs=((1, 3), (2, 1)),
+        compiled=False,
+    ),
+    "small": Preset(
+        (Task("cifar10", "resnet8", 16, 40, 128, (0.1, 0.3, 0.6), (1e-4, 2e-4, 5e-4), short_epochs=10),),
+        seeds=5,
+        rungs=((10, 16), (20, 5), (40, 2)),
+    ),
+    "medium": Preset(
+        (
+            _medium("cifar10", "resnet20"),
+            _medium("cifar10", "resnet18"),
+            _medium("cifar10", "vgg_small"),
+            _medium("cifar100", "resnet18"),
+        ),
+        seeds=5,
+        rungs=((30, 16), (60, 5), (120, 2)),
+    ),
+    "paper": Preset(
+        (
+            _paper("cifar10", "resnet18"),
+            _paper("cifar10", "vgg_small"),
+            _paper("cifar100", "resnet18"),
+            _paper("cifar100", "vgg_small"),
+            _imagenet("resnet18_imagenet"),
+            _imagenet("resnet34_imagenet"),
+        ),
+        seeds=5,
+    ),
 }

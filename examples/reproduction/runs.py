@@ -1,4 +1,4 @@
-"""One training of the study, and the JSON line that it leaves."""
+"""One training of a study, and the JSON line that it leaves."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import json
 import platform
 import statistics
 import subprocess
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import checkpoints
 import cifar
 import hbnn_plugin
+import image_folder
+from distributed import World
 from flips import FlipMeter, OscillationMeter
 from hosts import get_host
 from hosts.networks import NETWORKS
@@ -26,14 +29,15 @@ from training import Diverged, Progress, Recipe, fit, make_optimizer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from images import Images
+    from hosts import Host
+    from images import ImageSet
 
-__all__ = ["Run", "Split", "execute", "key_of"]
+__all__ = ["Run", "Split", "checkpoint_path", "execute", "final_network", "key_of", "load_images"]
 
 Split = Literal["validation", "test"]
 
 VALIDATION = 0.1
-"""Share of the training images, the last ones, that tuning is read on; the others train meanwhile."""
+"""Share of the training images that tuning is read on; the others train meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Run:
     options: dict[str, Any] | None
     """Of ``hbnn_plugin.apply``; None is the host alone."""
     recipe: Recipe
+    dataset: str
     arch: str
     size: int
     split: Split
@@ -67,8 +72,8 @@ class Run:
     def __str__(self) -> str:
         r = self.recipe
         return (
-            f"{self.host} {self.arm}, lr {r.lr:g}, decay {r.weight_decay:g}, {r.epochs} epochs, seed {r.seed}, "
-            f"{self.split}"
+            f"{self.dataset} {self.arch} {self.host}, {self.arm}, lr {r.lr:g}, decay {r.weight_decay:g}, "
+            f"{r.epochs} epochs, seed {r.seed}, {self.split}"
         )
 
 
@@ -79,30 +84,50 @@ def key_of(config: dict[str, Any]) -> str:
 
 
 @cache
-def _images(data: Path, size: int, split: str, limit: int | None) -> tuple[Images, Images]:
-    train, test = cifar.load(data, size, limit)
-    if split == "test":
-        return train, test
-    kept = round(len(train) * (1 - VALIDATION))
-    held_out = replace(train, pixels=train.pixels[kept:], labels=train.labels[kept:], shift=0, flip=False)
-    return replace(train, pixels=train.pixels[:kept], labels=train.labels[:kept]), held_out
+def load_images(dataset: str, data: Path, size: int, limit: int | None, split: Split) -> tuple[ImageSet, ImageSet]:
+    """What trains, augmented, and what accuracy is read on."""
+    train: ImageSet
+    test: ImageSet
+    if dataset == "imagenet":
+        train, test = image_folder.load(data, size, limit)
+    else:
+        train, test = cifar.load(data, size, limit, classes=100 if dataset == "cifar100" else 10)
+    return train.split(VALIDATION) if split == "validation" else (train, test)
 
 
-def execute(run: Run, data: Path, folder: Path, epoch_done: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Train, or continue from the checkpoint in ``folder``; returns the line. ``epoch_done`` is called each time.
-
-    The line of a run whose loss does not stay finite says ``diverged`` and has no figures.
-    """
-    torch.set_num_threads(1)
-    train, held_out = _images(data, run.size, run.split, run.limit)
+def _network(run: Run) -> tuple[Host, nn.Module]:
+    """The bare host at its start; drawn from the seed, the same for every arm."""
     torch.manual_seed(run.recipe.seed)
     host = get_host(run.host, run.arch)
-    model = NETWORKS[run.arch](host.conv).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    classes = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}[run.dataset]
+    return host, NETWORKS[run.arch](host.conv, num_classes=classes)
+
+
+def execute(
+    run: Run,
+    data: Path,
+    folder: Path,
+    epoch_done: Callable[[], None] = lambda: None,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Train, or continue from the checkpoint in ``folder``; returns the line and leaves the plain network's weights.
+
+    ``epoch_done`` is called each time. The line of a run whose loss does not stay finite says ``diverged`` and has no
+    figures. In a ``world`` of several ranks all of them call this, and rank 0 writes; by default this process is alone.
+    """
+    world = world or World.from_environment()
+    if world.device.type == "cpu":
+        torch.set_num_threads(1)
+    train, held_out = (
+        images.to(world.device) for images in load_images(run.dataset, data, run.size, run.limit, run.split)
+    )
+    host, model = _network(run)
+    model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if run.options is not None:
         hbnn_plugin.apply(model, **run.options)
     optimizer = make_optimizer(model, host, run.recipe)
     meter = FlipMeter(model)
-    path = folder / f"{run.key}.pt"
+    path = checkpoint_path(run, folder)
     progress = Progress()
     if path.exists():
         saved = checkpoints.load(path)
@@ -119,7 +144,7 @@ def execute(run: Run, data: Path, folder: Path, epoch_done: Callable[[], None] =
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.compiler.reset()  # what earlier runs of this process compiled counts against a limit
-    network = torch.compile(model) if run.compiled else model
+    network = world.parallel(torch.compile(model) if run.compiled else model)  # type: ignore[arg-type]
     with tqdm(disable=True) as bar:
         try:
             progress = fit(
@@ -135,13 +160,41 @@ def execute(run: Run, data: Path, folder: Path, epoch_done: Callable[[], None] =
                 checkpoint,
                 network=network,
                 oscillation=OscillationMeter(model),
+                world=world,
             )
         except Diverged as error:
-            return {"config": run.config, "diverged": str(error), **_circumstances()}
-    return _line(run, model, progress)
+            return {"config": run.config, "diverged": str(error), **_circumstances(world)}
+    line = _line(run, model, progress) | _circumstances(world)
+    if world.rank == 0:
+        if run.options is not None:
+            hbnn_plugin.fuse(model)
+        checkpoints.save(_final_path(run, folder), model.state_dict())
+    return line
 
 
-def _line(run: Run, model: torch.nn.Module, progress: Progress) -> dict[str, Any]:
+def final_network(run: Run, data: Path, folder: Path) -> nn.Module:
+    """The plain network after training, in evaluation mode; trained again if its weights are not in ``folder``."""
+    path = _final_path(run, folder)
+    if not path.exists():
+        line = execute(run, data, folder)
+        if "diverged" in line:
+            raise ValueError(f"{run} has no network: {line['diverged']}")
+    host, model = _network(run)
+    model.load_state_dict(checkpoints.load(path))
+    host.set_progress(model, 1.0)
+    return model.eval()
+
+
+def checkpoint_path(run: Run, folder: Path) -> Path:
+    """Where an unfinished run waits."""
+    return folder / f"{run.key}.pt"
+
+
+def _final_path(run: Run, folder: Path) -> Path:
+    return folder / f"{run.key}-final.pt"
+
+
+def _line(run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
     def column(name: str, digits: int = 4) -> list[float]:
         return [round(record[name], digits) for record in progress.history]
 
@@ -156,7 +209,6 @@ def _line(run: Run, model: torch.nn.Module, progress: Progress) -> dict[str, Any
         },
         "oscillation": column("oscillation"),
         "seconds": round(sum(column("seconds")), 1),
-        **_circumstances(),
     }
     if run.options is not None:
         report = hbnn_plugin.cluster_report(model).values()
@@ -167,7 +219,7 @@ def _line(run: Run, model: torch.nn.Module, progress: Progress) -> dict[str, Any
 
 
 @cache
-def _circumstances() -> dict[str, str]:
+def _circumstances(world: World) -> dict[str, str]:
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -175,9 +227,11 @@ def _circumstances() -> dict[str, str]:
     commit = git("rev-parse", "--short", "HEAD") or "unknown"
     if git("status", "--porcelain", "--untracked-files=no"):
         commit += "+"  # with uncommitted changes
+    on_gpu = world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if on_gpu else f"{platform.machine()} {platform.system()}"
     return {
         "commit": commit,
-        "hardware": f"{platform.machine()} {platform.system()}, one CPU thread",
+        "hardware": f"{device}, {world.size} {'GPU' if on_gpu else 'CPU thread'}{'s' * (world.size > 1)}",
         "torch": torch.__version__,
         "plugin": hbnn_plugin.__version__,
     }

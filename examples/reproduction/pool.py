@@ -1,0 +1,102 @@
+"""What is missing, run: several runs at a time in processes of their own, or one on all of torchrun's processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import distributed
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from reproduction import ledger
+from reproduction.protocol import Lines
+from reproduction.runs import Run, checkpoint_path, execute
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from distributed import World
+
+__all__ = ["Comparison", "run_missing", "run_together"]
+
+
+class Comparison(Protocol):
+    """What knows which runs it needs."""
+
+    def missing(self, lines: Lines) -> Sequence[Run]: ...
+
+    def epochs_left(self, lines: Lines) -> int: ...
+
+
+_epochs: Any = None
+"""In a worker: where it says that an epoch is done."""
+
+
+def _start_worker(epochs: Any, parent: int) -> None:
+    global _epochs  # noqa: PLW0603
+    _epochs = epochs
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A killed parent leaves its workers behind; two of them must never train into one checkpoint."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _work(run: Run, data: Path, folder: Path) -> dict[str, Any]:
+    return execute(run, data, folder, lambda: _epochs.put(1))
+
+
+def run_missing(comparison: Comparison, data: Path, ledger_path: Path, folder: Path, jobs: int) -> None:
+    """Run until nothing is missing, ``jobs`` at a time; every finished run is a line at once."""
+    lines = ledger.read(ledger_path)
+    context = multiprocessing.get_context("spawn")
+    epochs = context.Manager().Queue()
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(epochs, os.getpid()))
+    with pool, tqdm(total=comparison.epochs_left(Lines(lines)), unit="epoch", dynamic_ncols=True) as bar:
+        running: dict[Future[dict[str, Any]], Run] = {}
+        while True:
+            started = {run.key for run in running.values()}
+            for run in comparison.missing(Lines(lines)):
+                if len(running) == jobs:
+                    break
+                if run.key not in started:
+                    running[pool.submit(_work, run, data, folder)] = run
+                    started.add(run.key)
+            if not running:
+                return
+            finished, _ = wait(running, timeout=2, return_when=FIRST_COMPLETED)
+            while not epochs.empty():
+                bar.update(epochs.get())
+            for future in finished:
+                run = running.pop(future)
+                line = future.result()
+                lines.append(line)
+                bar.write(_finish(run, line, ledger_path, folder))
+
+
+def run_together(comparison: Comparison, data: Path, ledger_path: Path, folder: Path, world: World) -> None:
+    """Run until nothing is missing, one run at a time on all ranks of ``world``; each of them calls this."""
+    lines = ledger.read(ledger_path)
+    total = comparison.epochs_left(Lines(lines))
+    with tqdm(total=total, unit="epoch", dynamic_ncols=True, disable=world.rank > 0) as bar:
+        while missing := comparison.missing(Lines(lines)):
+            line = execute(missing[0], data, folder, bar.update, world)
+            lines.append(line)
+            if world.rank == 0:
+                bar.write(_finish(missing[0], line, ledger_path, folder))
+            distributed.barrier()  # a run's checkpoint is gone before anyone looks for the next one's
+
+
+def _finish(run: Run, line: dict[str, Any], ledger_path: Path, folder: Path) -> str:
+    """The line is written, then the checkpoint goes; returns what to tell."""
+    ledger.append(ledger_path, line)
+    checkpoint_path(run, folder).unlink(missing_ok=True)
+    return f"{run}: {line.get('diverged') or format(line['accuracy'][-1], '.2%')}"

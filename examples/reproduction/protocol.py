@@ -1,0 +1,144 @@
+"""Which runs a comparison needs next, given the lines so far.
+
+Protocol, the same for every arm: the learning rate and the weight decay come from the same grid, by accuracy on
+held-out training images; the whole grid at a short schedule first, then its best points at the full one. Fresh seeds
+with the winner then train on all training images and are read on the test set, after the last epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from reproduction.runs import Run, Split, key_of
+from training import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from reproduction.presets import Task
+
+__all__ = ["Case", "Lines", "Study"]
+
+TUNING_SEED = 1000
+"""Of tuning runs; fresh seeds count from 0."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A host on a task."""
+
+    task: Task
+    host: str
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.host}"
+
+
+class Lines:
+    """Finished runs by configuration."""
+
+    def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        self._by_key = {key_of(line["config"]): line for line in lines}
+
+    def __contains__(self, run: Run) -> bool:
+        return run.key in self._by_key
+
+    def of(self, run: Run) -> Mapping[str, Any]:
+        """The line of a finished run."""
+        return self._by_key[run.key]
+
+    def accuracy(self, run: Run, readout: int = 1) -> float:
+        """The mean over the last ``readout`` epochs, where the learning rate has come down; 0 for a diverged run."""
+        line = self.of(run)
+        return 0.0 if "diverged" in line else mean(line["accuracy"][-readout:])
+
+    def done(self, runs: Iterable[Run]) -> bool:
+        """Whether all of them have finished."""
+        return all(run in self for run in runs)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Some arms on some cases."""
+
+    cases: Sequence[Case]
+    arms: Mapping[str, dict[str, Any] | None]
+    seeds: int
+    compiled: bool = True
+
+    @property
+    def pairs(self) -> list[tuple[Case, str]]:
+        """All (case, arm)."""
+        return [(case, arm) for arm in self.arms for case in self.cases]
+
+    def run(self, case: Case, arm: str, lr: float, decay: float, epochs: int, seed: int, split: Split) -> Run:
+        """One run of this study."""
+        task = case.task
+        recipe = Recipe(epochs, task.batch_size, lr, weight_decay=decay, seed=seed)
+        return Run(
+            case.host,
+            arm,
+            self.arms[arm],
+            recipe,
+            task.dataset,
+            task.arch,
+            task.size,
+            split,
+            task.limit,
+            self.compiled,
+        )
+
+    def grid(self, case: Case, arm: str) -> list[Run]:
+        """The first tuning round; empty where there is nothing to choose."""
+        points, epochs = case.task.grid, case.task.short_epochs
+        if len(points) == 1:
+            return []
+        return [self.run(case, arm, lr, decay, epochs, TUNING_SEED, "validation") for lr, decay in points]
+
+    def finals(self, case: Case, arm: str, lines: Lines) -> list[Run]:
+        """The second tuning round; empty while the first is unfinished."""
+        grid = self.grid(case, arm)
+        if not lines.done(grid):
+            return []
+        best = sorted(grid, key=lines.accuracy, reverse=True)[: case.task.finalists]
+        return [
+            self.run(case, arm, run.recipe.lr, run.recipe.weight_decay, case.task.epochs, TUNING_SEED, "validation")
+            for run in best
+        ]
+
+    def tuned(self, case: Case, arm: str, lines: Lines) -> tuple[float, float] | None:
+        """Learning rate and decay that won the tuning; None while it is unfinished."""
+        if not self.grid(case, arm):
+            return case.task.grid[0]
+        finals = self.finals(case, arm, lines)
+        if not finals or not lines.done(finals):
+            return None
+        best = max(finals, key=lines.accuracy)
+        return best.recipe.lr, best.recipe.weight_decay
+
+    def fresh(self, case: Case, arm: str, lines: Lines) -> list[Run]:
+        """The runs on the test set; empty while tuning is unfinished."""
+        best = self.tuned(case, arm, lines)
+        if best is None:
+            return []
+        return [self.run(case, arm, *best, case.task.epochs, seed, "test") for seed in range(self.seeds)]
+
+    def missing(self, lines: Lines) -> list[Run]:
+        """What can run now: tuning before fresh seeds, and of these one seed of every arm before the next."""
+        grids = [run for pair in self.pairs for run in self.grid(*pair)]
+        finals = [run for pair in self.pairs for run in self.finals(*pair, lines)]
+        fresh = [run for pair in self.pairs for run in self.fresh(*pair, lines)]
+        fresh.sort(key=lambda run: run.recipe.seed)
+        return [run for run in (*grids, *finals, *fresh) if run not in lines]
+
+    def epochs_left(self, lines: Lines) -> int:
+        """Of everything, with what the tuning has yet to decide."""
+        left = 0
+        for case, arm in self.pairs:
+            task, grid = case.task, self.grid(case, arm)
+            known = [*grid, *self.finals(case, arm, lines), *self.fresh(case, arm, lines)]
+            left += len(grid) * task.short_epochs + (bool(grid) * task.finalists + self.seeds) * task.epochs
+            left -= sum(run.recipe.epochs for run in known if run in lines)
+        return left

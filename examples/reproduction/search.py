@@ -1,0 +1,86 @@
+"""A default by successive halving: every reading of what the paper leaves open, on held-out training images.
+
+Each candidate trains at the learning rate and weight decay at which the *bare* host does best, so that none is chosen
+for acting like a larger step. All train for a few epochs on every case, the best by mean difference from the bare host
+for longer, and so on (Jamieson and Talwalkar, arXiv:1502.07943); the test set plays no part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from reproduction.arms import BARE
+from reproduction.protocol import TUNING_SEED, Case, Lines, Study
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from reproduction.runs import Run
+
+__all__ = ["Search"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """Candidates on some cases; ``rungs`` are (epochs, number of candidates that train for so long)."""
+
+    cases: Sequence[Case]
+    candidates: Mapping[str, dict[str, Any]]
+    rungs: Sequence[tuple[int, int]]
+    compiled: bool = True
+
+    @property
+    def bare(self) -> Study:
+        """Where the learning rate and the decay come from."""
+        return Study(self.cases, {BARE: None}, 0, self.compiled)
+
+    def _run(self, case: Case, arm: str, epochs: int, lines: Lines) -> Run | None:
+        best = self.bare.tuned(case, BARE, lines)
+        if best is None:
+            return None
+        study = Study(self.cases, {BARE: None, **self.candidates}, 0, self.compiled)
+        return study.run(case, arm, *best, epochs, TUNING_SEED, "validation")
+
+    def runs(self, rung: int, lines: Lines) -> dict[str, list[Run]]:
+        """Those of a rung by arm, with the bare host; empty while the rung before is unfinished."""
+        epochs = self.rungs[rung][0]
+        found: dict[str, list[Run]] = {}
+        for arm in (BARE, *self.survivors(rung, lines)):
+            runs = [self._run(case, arm, epochs, lines) for case in self.cases]
+            found[arm] = [run for run in runs if run is not None]
+        complete = len(found) > 1 and all(len(runs) == len(self.cases) for runs in found.values())
+        return found if complete else {}
+
+    def survivors(self, rung: int, lines: Lines) -> list[str]:
+        """The candidates that reach a rung, best first; none while the rung before is unfinished."""
+        kept = self.rungs[rung][1]
+        if rung == 0:
+            return list(self.candidates)[:kept]
+        before = self.runs(rung - 1, lines)
+        if not before or not all(lines.done(runs) for runs in before.values()):
+            return []
+        gains = {arm: self.gain(runs, before[BARE], lines) for arm, runs in before.items() if arm != BARE}
+        return sorted(gains, key=gains.__getitem__, reverse=True)[:kept]
+
+    @staticmethod
+    def gain(mine: Sequence[Run], bare: Sequence[Run], lines: Lines) -> float:
+        """Mean difference in accuracy over the cases."""
+        return mean(lines.accuracy(m) - lines.accuracy(b) for m, b in zip(mine, bare, strict=True))
+
+    def missing(self, lines: Lines) -> list[Run]:
+        """What can run now."""
+        wanted = self.bare.missing(lines)
+        for rung in range(len(self.rungs)):
+            wanted += [run for runs in self.runs(rung, lines).values() for run in runs]
+        return [run for run in wanted if run not in lines]
+
+    def epochs_left(self, lines: Lines) -> int:
+        """Of everything, with what has yet to be decided."""
+        left = self.bare.epochs_left(lines)
+        for rung, (epochs, kept) in enumerate(self.rungs):
+            count = min(kept, len(self.candidates)) + 1
+            done = sum(run in lines for runs in self.runs(rung, lines).values() for run in runs)
+            left += epochs * (count * len(self.cases) - done)
+        return left

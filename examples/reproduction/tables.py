@@ -1,0 +1,137 @@
+"""Markdown tables from the lines alone."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+from reproduction.arms import BARE
+from reproduction.statistics import Difference, paired
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from reproduction.protocol import Case, Lines, Study
+    from reproduction.search import Search
+
+__all__ = ["accuracies", "comparison_table", "difference", "finished", "search_table", "tuning_table"]
+
+
+def finished(study: Study, case: Case, arm: str, lines: Lines) -> list[Mapping[str, Any]]:
+    """The lines of an arm's fresh seeds, without those that diverged."""
+    done = [lines.of(run) for run in study.fresh(case, arm, lines) if run in lines]
+    return [line for line in done if "diverged" not in line]
+
+
+def accuracies(study: Study, case: Case, arm: str, lines: Lines) -> dict[int, float]:
+    """Test accuracy in % by fresh seed; 0 where it diverged."""
+    runs = [run for run in study.fresh(case, arm, lines) if run in lines]
+    return {run.recipe.seed: 100 * lines.accuracy(run, case.task.readout) for run in runs}
+
+
+def difference(study: Study, case: Case, arm: str, lines: Lines) -> Difference | None:
+    """From the bare host over the seeds that both have, in points; None without any."""
+    if arm == BARE or BARE not in study.arms:
+        return None
+    mine, bare = accuracies(study, case, arm, lines), accuracies(study, case, BARE, lines)
+    seeds = sorted(mine.keys() & bare.keys())
+    return paired([mine[s] for s in seeds], [bare[s] for s in seeds]) if seeds else None
+
+
+def comparison_table(study: Study, lines: Lines) -> str:
+    """Test accuracy of every arm, and its paired difference from the bare host."""
+    rows = [
+        "| task, host | arm | lr, decay | test accuracy, % (seeds) | − bare, points | 95 % t interval | "
+        "95 % bootstrap | seeds that would decide | flipped | oscillating late | reach |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in study.cases:
+        rows += [_line([str(case), arm, *_cells(study, case, arm, lines)]) for arm in study.arms]
+    return "\n".join(rows)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cells(study: Study, case: Case, arm: str, lines: Lines) -> list[str]:
+    best, found = study.tuned(case, arm, lines), accuracies(study, case, arm, lines)
+    setting = f"{best[0]:g}, {best[1]:g}" if best else "not tuned yet"
+    if not found:
+        return [setting, *[""] * 8]
+    spread = f" ± {statistics.stdev(found.values()):.2f}" if len(found) > 1 else ""
+    accuracy = f"{statistics.mean(found.values()):.2f}{spread} ({len(found)})"
+    cells = [setting, accuracy, *_difference_cells(difference(study, case, arm, lines))]
+    done = finished(study, case, arm, lines)
+    if not done:
+        return [*cells, "", "", ""]
+    reach = [line["reach"] for line in done if "reach" in line]
+    return [
+        *cells,
+        f"{100 * statistics.mean(line['flip_ratio'][-1] for line in done):.1f} %",
+        f"{100 * statistics.mean(map(_late_oscillation, done)):.2f} %",
+        f"{statistics.mean(reach):.3f}" if reach else "",
+    ]
+
+
+def _late_oscillation(line: Mapping[str, Any]) -> float:
+    """Over the last quarter of the epochs."""
+    ratios: list[float] = line["oscillation"]
+    return statistics.mean(ratios[-max(1, len(ratios) // 4) :])
+
+
+def _difference_cells(d: Difference | None) -> list[str]:
+    if d is None:
+        return [""] * 4
+    if d.count == 1:
+        return [f"{d.mean:+.2f} (1)", "", "", ""]
+    needed = "decided" if d.decided else str(d.seeds_needed or "> 10,000")
+    return [
+        f"{d.mean:+.2f} ({d.count})",
+        f"{d.low:+.2f} … {d.high:+.2f}",
+        f"{d.bootstrap_low:+.2f} … {d.bootstrap_high:+.2f}",
+        needed,
+    ]
+
+
+def tuning_table(study: Study, lines: Lines) -> str:
+    """Accuracy in % on held-out training images over the grid, short round → full length; one table a case."""
+    return "\n\n".join(_tuning(study, case, lines) for case in study.cases if len(case.task.grid) > 1)
+
+
+def _tuning(study: Study, case: Case, lines: Lines) -> str:
+    arms = [arm for arm in study.arms if any(run in lines for run in study.grid(case, arm))]
+    rows = [_line([f"{case}: lr, decay", *arms]), "|---|" + "---|" * len(arms)]
+    for lr, decay in case.task.grid:
+        cells = [_tuned(study, case, arm, (lr, decay), lines) for arm in arms]
+        rows.append(_line([f"{lr:g}, {decay:g}", *cells]))
+    return "\n".join(rows)
+
+
+def _tuned(study: Study, case: Case, arm: str, point: tuple[float, float], lines: Lines) -> str:
+    rounds = study.grid(case, arm), study.finals(case, arm, lines)
+    found = [
+        f"{100 * lines.accuracy(run):.1f}"
+        for runs in rounds
+        for run in runs
+        if run in lines and (run.recipe.lr, run.recipe.weight_decay) == point
+    ]
+    return " → ".join(found)
+
+
+def search_table(search: Search, lines: Lines) -> str:
+    """Difference in points from the bare host, on held-out training images, mean over the cases, by rung."""
+    rungs = [search.runs(i, lines) for i in range(len(search.rungs))]
+    names = [f"{epochs} epochs: {part}" for epochs, _ in search.rungs for part in ("− bare", *map(str, search.cases))]
+    rows = [_line(["candidate", *names]), "|---|" + "---|" * len(names)]
+    for arm in (BARE, *search.candidates):
+        cells = []
+        for runs in rungs:
+            mine, bare = runs.get(arm, []), runs.get(BARE, [])
+            known = bool(mine) and lines.done([*mine, *bare])
+            gain = f"{100 * search.gain(mine, bare, lines):+.2f}" if known and arm != BARE else ""
+            cells += [gain, *(f"{100 * lines.accuracy(run):.2f}" if run in lines else "" for run in mine)]
+            cells += [""] * (len(search.cases) - len(mine))
+        rows.append(_line([arm, *cells]))
+    return "\n".join(rows)

@@ -1,0 +1,113 @@
+"""Tables and pictures of the paper's experiments, from lines alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from reproduction import ledger
+from reproduction.arms import ARMS, BARE
+from reproduction.experiments import EXPERIMENTS
+from reproduction.presets import PRESETS
+from reproduction.protocol import Lines
+from reproduction.report import write_report
+from reproduction.tables import comparison_table, difference, search_table
+from study_lines import finish, line
+
+if TYPE_CHECKING:
+    from reproduction.runs import Run
+
+SMOKE = PRESETS["smoke"]
+CASES = EXPERIMENTS["table5"].cases(SMOKE, ["irnet"], ["resnet8"])
+
+
+def test_seeds_are_paired() -> None:
+    study = EXPERIMENTS["table5"].study(SMOKE, CASES, [BARE, "HBNN"], seeds=3)
+
+    def accuracy(run: Run) -> float:
+        return 0.6 + 0.01 * run.recipe.seed + 0.02 * (run.arm == "HBNN")
+
+    lines = Lines(finish(study, accuracy))
+    found = difference(study, CASES[0], "HBNN", lines)
+    assert found is not None
+    assert (found.count, round(found.mean, 9)) == (3, 2.0)
+    table = comparison_table(study, lines)
+    assert "| 61.00 ± 1.00 (3) |" in table
+    assert "+2.00 (3)" in table
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "table5", "fig3", "fig4"])
+def test_every_experiment_has_its_picture(name: str, tmp_path: Path) -> None:
+    experiment = EXPERIMENTS[name]
+    cases = experiment.cases(SMOKE, archs=["resnet8"])
+    study = experiment.study(SMOKE, cases)
+    lines = Lines(finish(study, lambda run: 0.5 + 0.01 * run.recipe.seed))
+    write_report(name, study, Lines([]), tmp_path / "empty")
+    write_report(name, study, lines, tmp_path / name)
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / f"{name}.png").stat().st_size > (tmp_path / "empty.png").stat().st_size
+    text = (tmp_path / f"{name}.md").read_text()
+    assert all(f"| {arm} |" in text for arm in experiment.arms)
+
+
+def test_surfaces_are_drawn_side_by_side(tmp_path: Path) -> None:
+    study = EXPERIMENTS["fig5"].study(SMOKE, CASES)
+    path = tmp_path / "fig5.jsonl"
+    for arm in study.arms:
+        surface = [[2.0, 1.0], [1.5, 3.0]]
+        ledger.append(path, {"case": str(CASES[0]), "arm": arm, "axis": [-1.0, 1.0], "surface": surface})
+    write_report("fig5", study, Lines([]), tmp_path / "fig5", path)
+    assert (tmp_path / "fig5.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_search_halves_by_the_gain_over_both_hosts_and_trains_where_the_bare_host_is_best() -> None:
+    experiment = EXPERIMENTS["search"]
+    cases = experiment.cases(SMOKE, archs=["resnet8"])
+    assert {case.host for case in cases} == {"irnet", "recu"}
+    search = experiment.search(SMOKE, cases, ["HBNN", "per layer", "point_lr 3"])
+    gains = {"HBNN": 0.01, "per layer": -0.02, "point_lr 3": 0.03}
+
+    def accuracy(run: Run) -> float:
+        best = run.recipe.lr == (0.1 if run.host == "irnet" else 0.3)
+        return 0.5 + 0.1 * best + gains.get(run.arm, 0.0)
+
+    done = finish(search, accuracy)
+    lines = Lines(done)
+    (first, _), (second, kept) = SMOKE.rungs
+    assert search.survivors(1, lines) == ["point_lr 3", "HBNN", "per layer"][:kept]
+    trained = {(d["config"]["arm"], d["config"]["recipe"]["epochs"]) for d in done}
+    assert {arm for arm, epochs in trained if epochs == first} == {BARE, *gains}
+    assert {arm for arm, epochs in trained if epochs == second} == {BARE, "point_lr 3"}
+    for d in done:
+        if d["config"]["arm"] != BARE:
+            assert d["config"]["recipe"]["lr"] == (0.1 if d["config"]["host"] == "irnet" else 0.3)
+            assert d["config"]["split"] == "validation"
+    assert "| point_lr 3 | +3.00 |" in search_table(search, lines)
+
+
+def test_arms_share_runs_under_whatever_name() -> None:
+    """What Table I calls "HBNN, r = 0.05" is Table V's HBNN: one run serves both."""
+    table1 = EXPERIMENTS["table1"].study(SMOKE, EXPERIMENTS["table1"].cases(SMOKE, archs=["resnet8"]))
+    case = table1.cases[0]
+    study = EXPERIMENTS["table5"].study(SMOKE, [case])
+    mine, theirs = (s.run(case, a, 0.1, 0.0, 1, 0, "test") for s, a in ((table1, "HBNN, r = 0.05"), (study, "HBNN")))
+    assert mine.key == theirs.key
+    assert mine in Lines([line(theirs, 0.5)])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_made_of_known_parts(name: str, preset: str) -> None:
+    experiment = EXPERIMENTS[name]
+    assert set(experiment.arms) <= ARMS.keys()
+    cases = experiment.cases(PRESETS[preset])
+    assert experiment.study(PRESETS[preset], cases).missing(Lines([]))
+
+
+def test_what_a_preset_does_not_have_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no vgg_small in this experiment, which has cifar10 resnet8"):
+        EXPERIMENTS["table5"].cases(PRESETS["small"], archs=["vgg_small"])
+    with pytest.raises(ValueError, match="take small or medium"):
+        EXPERIMENTS["search"].search(PRESETS["paper"], CASES)
