@@ -1,8 +1,9 @@
 """Checkpoints of plain and of applied models, each loadable into the other.
 
 An applied layer's keys are ``<layer>.parametrizations.<tensor>.original`` (the latent) and ``...<tensor>.0.*`` (the
-cluster). Load hooks let an applied model take a plain checkpoint, strictly; :func:`plain_state_dict` turns an applied
-model's checkpoint into the host's own keys.
+cluster); in in-place mode the host's own, and ``<layer>.<tensor>_epc.*`` (the cluster, with the latent). Load hooks let
+an applied model take a plain checkpoint, strictly; :func:`plain_state_dict` turns an applied model's checkpoint into
+the host's own keys.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cluster import INPLACE_SUFFIX, find
 from .epc import exp_map
 from .flips import set_reference
-from .parametrization import EPC, find
 from .settings import Settings
 
 __all__ = ["install_hooks", "plain_state_dict", "remove_hooks"]
@@ -63,7 +64,9 @@ def _refuse_other_clusters(module: nn.Module, state_dict: dict[str, Any], prefix
     differences = []
     for name, layer in module.named_modules(prefix=prefix.rstrip(".")):
         for tensor_name, epc in find(layer).items():
-            state = state_dict.get(f"{name}.parametrizations.{tensor_name}.0._extra_state".lstrip("."))
+            places = (f"parametrizations.{tensor_name}.0", tensor_name + INPLACE_SUFFIX)
+            states = [state_dict.get(f"{name}.{place}._extra_state".lstrip(".")) for place in places]
+            state = next((state for state in states if state is not None), None)
             if state is None:
                 plain = state_dict.get(f"{name}.{tensor_name}".lstrip("."))
                 if isinstance(plain, Tensor) and not bool(plain.isfinite().all()):
@@ -83,17 +86,8 @@ def _refuse_other_clusters(module: nn.Module, state_dict: dict[str, Any], prefix
 
 
 def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A plain weight in the checkpoint loads as if apply had been called on a model that held it."""
     for tensor_name, epc in find(module).items():
-        weight = state_dict.get(prefix + tensor_name)
-        inside = f"{prefix}parametrizations.{tensor_name}."
-        if weight is None or inside + "original" in state_dict or tuple(weight.shape) != tuple(epc.latent.shape):
-            continue
-        weight = state_dict.pop(prefix + tensor_name).detach().to(epc.latent.device)
-        fresh = EPC(weight, epc.settings, shape=epc.shape, unit_dims=epc.unit_dims, name=epc.name)
-        state_dict[inside + "original"] = fresh.latent_of(weight)[0]
-        state_dict.update(fresh.state_dict(prefix=inside + "0."))
-        epc.reference_is_stale = True
+        epc.adopt(state_dict, prefix, tensor_name)
 
 
 def _renew_reference(module: nn.Module, _: Any) -> None:
@@ -127,7 +121,7 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_cluster_key(key: str, state_dict: Mapping[str, Any]) -> bool:
-    match = re.match(r"^(.*parametrizations\.[^.]+\.0\.)[^.]+$", key)
+    match = re.match(rf"^(.*parametrizations\.[^.]+\.0\.|.*{INPLACE_SUFFIX}\.)[^.]+$", key)
     return match is not None and match[1] + "_extra_state" in state_dict and match[1] + "point" in state_dict
 
 

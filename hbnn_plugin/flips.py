@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from .cluster import EPC, find
 from .convolved import binary_value, convolved_weight, pack_bits, unpack_bits
-from .parametrization import EPC, find
 from .selection import own_class
 from .tables import table
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TypeVar
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from .binarize import fuse_binarized
 from .checkpoint import remove_hooks
+from .cluster import EPC
 from .flips import applied_layers
 
 __all__ = ["fuse"]
@@ -38,34 +38,11 @@ def fuse(model: M) -> M:
             raise ValueError(f"{name}: its weight holds {bad} non-finite value(s); nothing was fused")
         if sum(other is epc for _, _, other in layers.values()) < epc.layers:
             raise ValueError(f"{name}: its weight is tied to a layer outside of this model; fuse the whole model")
-    weights = {id(epc): getattr(module, tensor_name).clone() for module, tensor_name, epc in layers.values()}
-    latents = {id(epc): epc.latent for _, _, epc in layers.values()}
+    places: dict[EPC, list[tuple[nn.Module, str]]] = {}
     for module, tensor_name, epc in layers.values():
-        epc.owner = None  # no optimizer step is to find this cluster any more
-        latents[id(epc)].data = weights[id(epc)]
-        _remove_parametrization(module, tensor_name)
-        _restore_parameter(module, tensor_name, latents[id(epc)])
+        places.setdefault(epc, []).append((module, tensor_name))
+    for epc, tied in places.items():
+        epc.detach_from(tied)
     remove_hooks(model)
     fuse_binarized(model)
     return model
-
-
-def _remove_parametrization(module: nn.Module, tensor_name: str) -> None:
-    """Unlike torch's remove_parametrizations, leave the injected class, which deepcopies share, as it is."""
-    lists = module.parametrizations
-    assert isinstance(lists, nn.ModuleDict)
-    del lists[tensor_name]
-    injected = type(module)
-    if len(lists) == 0:
-        del module.parametrizations
-        module.__class__ = injected.__bases__[0]
-    else:  # others are parametrized by somebody else: a class like the injected one without our property
-        rest = {k: v for k, v in vars(injected).items() if k not in (tensor_name, "__dict__", "__weakref__")}
-        module.__class__ = type(injected.__name__, injected.__bases__, rest)
-
-
-def _restore_parameter(module: nn.Module, tensor_name: str, parameter: nn.Parameter) -> None:
-    """Register the parameter where torch's layers have it: first, in front of the bias."""
-    parameters = OrderedDict([(tensor_name, parameter), *module._parameters.items()])
-    module._parameters.clear()
-    module._parameters.update(parameters)

@@ -42,15 +42,19 @@ class _StepsPoints(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the parameters, as the base class makes it, and of the points."""
         points = PointStep(self)
-        if closure is None:
-            points.gather()
-        else:
-            closure = points.wrap(closure)
         base_step = super().step.__func__  # type: ignore[attr-defined]
         if getattr(base_step, "hooked", False):  # this step's hooks have been called already
             base_step = base_step.__wrapped__
-        loss = base_step(self, closure)
-        points.finish()
+        try:
+            points.enter()
+            if closure is None:
+                points.gather()
+            else:
+                closure = points.wrap(closure)
+            loss = base_step(self, closure)
+            points.finish()
+        finally:
+            points.leave()
         return loss
 
 

@@ -1,127 +1,89 @@
-"""The exponential parametrization cluster as a torch parametrization: latent v in, weight exp_p(v) out."""
+"""Parametrize mode: the cluster as a torch parametrization, latent v in, weight exp_p(v) out."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import threading
 import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .ball import MARGIN
-from .epc import combine, exp_map, inner, log_map, mobius_scale, scalar_dtype, working_dtype
-from .scalars import Radius
-from .settings import Settings
+from .cluster import EPC
 
-__all__ = ["EPC", "alive", "find"]
-
-_ALIVE: weakref.WeakSet[EPC] = weakref.WeakSet()
-_ALIVE_LOCK = threading.RLock()
+__all__ = ["Parametrized"]
 
 _WATCHED_FORWARDS = 20
 _LATENT_MOVES_TO_WARN = 3
 
 
-def alive() -> list[EPC]:
-    """Every registered cluster of this process, deep copies included."""
-    with _ALIVE_LOCK:
-        return [epc for epc in _ALIVE if epc.owner is not None]
+class _Identity(nn.Module):
+    """Holds the place until the shared list takes it; without right_inverse it leaves the tied latent alone."""
+
+    def forward(self, x: object) -> object:
+        return x
 
 
-def find(module: nn.Module) -> dict[str, EPC]:
-    """The clusters on a module's own tensors, by tensor name."""
-    lists = getattr(module, "parametrizations", None)
-    if not isinstance(lists, nn.ModuleDict):
-        return {}
-    # the list is [EPC] as apply leaves it; somebody else may have appended to it since
-    return {name: epc for name, entries in lists.items() for epc in entries.children() if isinstance(epc, EPC)}
+class Parametrized(EPC):
+    """The cluster registered with torch.nn.utils.parametrize: the latent is ``original``, the weight is computed."""
 
+    owner: tuple[ParametrizationList] | None = None  # in a tuple, so that it is not taken for a submodule
 
-class EPC(nn.Module):
-    r"""weight = exp_p(v) with the latent v as ``original`` and one point p a filter or a layer ([HBNN] Eq. 6).
-
-    The point is a buffer, not a parameter: no optimizer can decay it, average it or count it in a norm, and nobody has
-    to put it into a parameter group. Its gradient is recovered from the latent's (:mod:`hbnn_plugin.recovery`).
-
-    Args:
-        weight: the tensor to be parametrized; gives shape, dtype, device, and the point's start.
-        settings: what the user chose.
-        shape: the weight's logical shape, where the module stores it flat; output units come first.
-        unit_dims: the dimensions of ``shape`` that count output units (filters).
-        name: what messages call this weight.
-
-    Buffers:
-        point: p, of the weight's logical shape; float32 or better.
-        scale: s of x = s·EPC(v/s), one a point, with ``relative=True``.
-        momentum: of the point, with ``point_momentum``, Riemannian Adam or the spectral rule; of p's shape.
-        mean_square: running mean square of the point's gradient, one a point, for Adam-like steps.
-        steps: how many steps the point has made.
-
-    The binary weight that flips are counted from (``flip_reference``, one bit a weight, on the CPU) and the settings
-    travel in the state_dict's ``_extra_state``.
-    """
-
-    point: Tensor
-    scale: Tensor | None
-    momentum: Tensor | None
-    mean_square: Tensor
-    steps: Tensor
-
-    def __init__(
-        self,
-        weight: Tensor,
-        settings: Settings,
-        *,
-        shape: tuple[int, ...] | None = None,
-        unit_dims: tuple[int, ...] = (0,),
-        name: str = "weight",
-    ) -> None:
-        super().__init__()
-        self.settings = settings
-        self.name = name
-        self.shape = tuple(shape or weight.shape)
-        self.unit_dims = unit_dims
-        self.flat = self.shape != tuple(weight.shape)
-        every = tuple(range(len(self.shape)))
-        self.dims = every if settings.per == "layer" else tuple(d for d in every if d not in unit_dims)
-        self.owner: tuple[ParametrizationList] | None = None  # in a tuple, so that it is not taken for a submodule
-        self.layers = 1  # more for tied weights
-        self.moves = 0
-        self.hooked = False  # whether an optimizer that fires torch's step hooks holds the latent
-        self.reference_is_stale = False
+    def __init__(self, weight: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().__init__(weight, *args, **kwargs)
         self._bypass = False
         self._watch: tuple[int, int, float | None] = (_WATCHED_FORWARDS, 0, None)
-        w = self.logical(weight.detach()).to(working_dtype(weight.dtype))
-        per_point = inner(w, w, self.dims)
-        self.register_buffer("point", torch.zeros_like(w))
-        self.register_buffer("scale", None)
-        if settings.relative:
-            self.scale = torch.where(per_point > 0, per_point.sqrt(), 1.0).to(w.dtype)
-        with_momentum = settings.point_momentum > 0 or settings.rule in ("riemannian-adam", "spectral")
-        self.register_buffer("momentum", torch.zeros_like(w) if with_momentum else None)
-        self.register_buffer("mean_square", torch.zeros_like(per_point, dtype=w.dtype))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=w.device))
-        # Not a buffer: bits are not to be averaged (EMA), cast or broadcast (DDP). It travels in the extra state.
-        self.flip_reference = torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8)
-        self.restart(weight)
-        self._live()
-
-    # -- the map -----------------------------------------------------------------------------------------------------
 
     @property
-    def radius(self) -> Radius:
-        """r in the weight's own units: x = s·EPC(v/s) is EPC in the ball of radius r/s²."""
-        if self.scale is None:
-            return self.settings.radius
-        return self.settings.radius / self.scale.to(scalar_dtype(self.scale.device)) ** 2
+    def registered(self) -> bool:
+        """Whether this cluster sits in a host."""
+        return self.owner is not None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The latent v as the optimizer knows it."""
+        if self.owner is None:
+            raise RuntimeError(f"{self.name}: this cluster is not registered on a module")
+        latent: nn.Parameter = self.owner[0].original  # type: ignore[assignment]
+        return latent
+
+    def attach(self, module: nn.Module, tensor_name: str) -> None:
+        """Register on the module's weight; once more for each layer that is tied to the first."""
+        if self.owner is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # weights outside the ball are reported for all layers together
+                parametrize.register_parametrization(module, tensor_name, self)
+            self.owner = (_lists(module)[tensor_name],)  # type: ignore[assignment]
+        else:  # registering this again would take the inverse of the latent
+            parametrize.register_parametrization(module, tensor_name, _Identity())
+            _lists(module)[tensor_name] = self.owner[0]
+
+    @torch.no_grad()
+    def detach_from(self, layers: Sequence[tuple[nn.Module, str]]) -> None:
+        """Leave the layers with a plain weight, in the very Parameter that held the latent."""
+        module, tensor_name = layers[0]
+        weight, parameter = getattr(module, tensor_name).clone(), self.parameter
+        self.owner = None  # no optimizer step is to find this cluster any more
+        parameter.data = weight
+        for module, tensor_name in layers:
+            _remove_parametrization(module, tensor_name)
+            _restore_parameter(module, tensor_name, parameter)
+
+    def adopt(self, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
+        """Rewrite a plain weight in a checkpoint as what apply would have made of it."""
+        inside = f"{prefix}parametrizations.{tensor_name}."
+        weight = state_dict.get(prefix + tensor_name)
+        if weight is None or inside + "original" in state_dict or tuple(weight.shape) != tuple(self.parameter.shape):
+            return
+        weight = state_dict.pop(prefix + tensor_name).detach().to(self.parameter.device)
+        fresh = Parametrized(weight, self.settings, shape=self.shape, unit_dims=self.unit_dims, name=self.name)
+        state_dict[inside + "original"] = fresh.latent_of(weight)[0]
+        state_dict.update(fresh.state_dict(prefix=inside + "0."))
+        self.reference_is_stale = True
 
     def forward(self, latent: Tensor) -> Tensor:
         """The weight exp_p(v): shape and dtype of the latent."""
@@ -129,8 +91,7 @@ class EPC(nn.Module):
             self._watch_latent(latent)
         if self._bypass:
             return latent
-        x = exp_map(self.point, self.logical(latent), self.radius, self.settings.geometry, self.dims)
-        return x.reshape(latent.shape) if self.flat else x
+        return self.weight_of(latent)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The latent whose weight is ``weight``; outside the ball, its direction at the edge, with a warning."""
@@ -146,68 +107,6 @@ class EPC(nn.Module):
             )
         return latent
 
-    @torch.no_grad()
-    def latent_of(self, weight: Tensor) -> tuple[Tensor, int]:
-        """The latent of a weight and for how many points the weight's length could not be kept."""
-        if weight.numel() != math.prod(self.shape):
-            raise ValueError(f"{self.name}: expected a weight of shape {self.shape}, got {tuple(weight.shape)}")
-        w = self.logical(weight).to(self.point.dtype)
-        if not bool(w.isfinite().all()):
-            raise ValueError(f"{self.name}: the weight holds {int((~w.isfinite()).sum())} non-finite value(s)")
-        target, moved = self._into_space(w)
-        if self.settings.space == "sphere":
-            zeros = int((w.abs().amax(self.dims) == 0).sum())
-            if zeros:
-                raise ValueError(
-                    f"{self.name}: the weight is zero at {zeros} point(s), which has no place on the sphere"
-                )
-            target = self._off_the_antipode(target)
-        latent = log_map(self.point, target, self.radius, self.settings.geometry, self.dims)
-        return latent.reshape(weight.shape).to(weight.dtype), int(moved.sum())
-
-    @torch.no_grad()
-    def restart(self, weight: Tensor) -> None:
-        """Put the point at its start for this weight and forget its motion.
-
-        In the ball p = start ⊗ W: 0 is the origin, 1 the weight itself (v = 0). On the sphere it is the weight.
-        """
-        w, _ = self._into_space(self.logical(weight.detach()).to(self.point.dtype))
-        start = self.settings.start
-        if self.settings.space == "sphere" or start == 1:
-            self.point.copy_(w)
-        elif start == 0:
-            self.point.zero_()
-        else:
-            self.point.copy_(mobius_scale(start, w, self.radius, self.dims))
-        if self.momentum is not None:
-            self.momentum.zero_()
-        self.mean_square.zero_()
-        self.steps.zero_()
-
-    def _into_space(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """w with its length changed where it has to be, and a flag a point that says where."""
-        size = w.abs().amax(self.dims, keepdim=True).clamp(min=1e-30)
-        unit = w / size  # ‖w‖² itself may overflow
-        reach = (self.radius * inner(unit, unit, self.dims)).sqrt() * size
-        if self.settings.space == "sphere":
-            moved = (reach - 1).abs() > 1e-5
-            return combine((size / reach.clamp(min=1e-30),), (unit,)), moved
-        moved = reach > 1 - MARGIN
-        return torch.where(moved, combine(((1 - MARGIN) * size / reach.clamp(min=1e-30),), (unit,)), w), moved
-
-    def _off_the_antipode(self, target: Tensor) -> Tensor:
-        """Opposite to the point every direction leads to the target: tilt it by 1e-4 to have one."""
-        total = target + self.point
-        opposite = self.radius * inner(total, total, self.dims) < 1e-8
-        generator = torch.Generator().manual_seed(0)
-        tilt = torch.randn(target.shape, generator=generator, dtype=target.dtype).to(target.device)
-        scale = 1e-4 * (inner(target, target, self.dims) / inner(tilt, tilt, self.dims)).sqrt()
-        return torch.where(opposite, self._into_space(target + scale.to(target.dtype) * tilt)[0], target)
-
-    def logical(self, tensor: Tensor) -> Tensor:
-        """The tensor in the logical shape of the weight."""
-        return tensor.reshape(self.shape) if self.flat else tensor
-
     @contextlib.contextmanager
     def bypassed(self) -> Iterator[None]:
         """Inside, the weight is the latent itself."""
@@ -216,61 +115,6 @@ class EPC(nn.Module):
             yield
         finally:
             self._bypass = False
-
-    # -- what others ask ---------------------------------------------------------------------------------------------
-
-    @property
-    def points(self) -> int:
-        """How many points the layer has."""
-        return self.mean_square.numel()
-
-    @property
-    def latent(self) -> nn.Parameter:
-        """The latent v as the optimizer knows it."""
-        if self.owner is None:
-            raise RuntimeError(f"{self.name}: this cluster is not registered on a module")
-        latent: nn.Parameter = self.owner[0].original  # type: ignore[assignment]
-        return latent
-
-    @torch.no_grad()
-    def reach(self) -> Tensor:
-        """√r‖p‖ of every point: 0 at the origin, 1 at the ball's edge. (On the sphere it is 1.)"""
-        return (self.radius * inner(self.point, self.point, self.dims)).sqrt().flatten()
-
-    def extra_repr(self) -> str:
-        return f"{self.settings}, points={self.points}"
-
-    def get_extra_state(self) -> Tensor:
-        """Settings and layout as JSON, a zero byte, the flip reference.
-
-        In one uint8 tensor, so that weights_only loading and safetensors can hold it.
-        """
-        header = json.dumps({**asdict(self.settings), "shape": self.shape, "dims": self.dims}).encode() + b"\0"
-        return torch.cat([torch.frombuffer(bytearray(header), dtype=torch.uint8), self.flip_reference])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take the flip reference; the rest is checked for the whole model first (:mod:`hbnn_plugin.checkpoint`)."""
-        self.flip_reference = state.cpu()[-len(self.flip_reference) :].clone()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._live()
-
-    def _live(self) -> None:
-        with _ALIVE_LOCK:
-            _ALIVE.add(self)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EPC:
-        """Move with the model, but stay in float32 or better when it is cast to half precision."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            now = self._buffers[name]
-            if old is not None and now is not None and now.is_floating_point():
-                dtype = working_dtype(now.dtype)
-                if dtype != now.dtype:
-                    self._buffers[name] = old.to(device=now.device, dtype=dtype)
-        return self
 
     def _watch_latent(self, latent: Tensor) -> None:
         """Warn once when the latent trains and the point does not: some optimizers never fire torch's step hooks."""
@@ -292,3 +136,29 @@ class EPC(nn.Module):
                 "or call hbnn_plugin.step_points(optimizer) right before its step.",
                 stacklevel=2,
             )
+
+
+def _lists(module: nn.Module) -> nn.ModuleDict:
+    lists = module.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    return lists
+
+
+def _remove_parametrization(module: nn.Module, tensor_name: str) -> None:
+    """Unlike torch's remove_parametrizations, leave the injected class, which deepcopies share, as it is."""
+    lists = _lists(module)
+    del lists[tensor_name]
+    injected = type(module)
+    if len(lists) == 0:
+        del module.parametrizations
+        module.__class__ = injected.__bases__[0]
+    else:  # others are parametrized by somebody else: a class like the injected one without our property
+        rest = {k: v for k, v in vars(injected).items() if k not in (tensor_name, "__dict__", "__weakref__")}
+        module.__class__ = type(injected.__name__, injected.__bases__, rest)
+
+
+def _restore_parameter(module: nn.Module, tensor_name: str, parameter: nn.Parameter) -> None:
+    """Register the parameter where torch's layers have it: first, in front of the bias."""
+    parameters = OrderedDict([(tensor_name, parameter), *module._parameters.items()])
+    module._parameters.clear()
+    module._parameters.update(parameters)

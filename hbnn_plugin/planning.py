@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
+from .cluster import alive, find
 from .epc import inner
-from .parametrization import alive, find
+from .idioms import reason_for_inplace
 from .selection import Predicate, Selected, binary_convolutions, own_class, select
-from .settings import Settings
+from .settings import Mode, Settings
 from .tables import table
 
 __all__ = ["Plan", "make_plan"]
@@ -24,6 +26,9 @@ class Plan:
 
     settings: Settings
     layers: tuple[Selected, ...]
+    mode: Mode = "parametrize"
+    reason: str | None = None
+    """Why the mode is not ``"parametrize"``, if it was left to the plugin."""
     binarize: str | None = None
 
     def __len__(self) -> int:
@@ -46,12 +51,16 @@ class Plan:
         title = f"EPC on {len(self.layers)} layer(s): {self.settings}"
         if self.binarize:
             title += f"; binarize={self.binarize!r}"
+        if self.mode == "inplace":
+            title += "; mode='inplace'" + (f", because {self.reason}" if self.reason else "")
         return table(title, ("layer", "class", "tensor", "shape", "points"), rows)
 
 
-def make_plan(model: nn.Module, settings: Settings, where: Predicate | None) -> Plan:
-    """Select and check. Raises ValueError (TypeError for a model that is none) that names every problem found."""
-    check_model(model)
+def make_plan(model: nn.Module, settings: Settings, where: Predicate | None, mode: Mode | None = None) -> Plan:
+    """Select, choose the mode and check. Raises ValueError (TypeError for a model that is none) naming all problems."""
+    if mode not in (None, *get_args(Mode)):
+        raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, or None, not {mode!r}")
+    wrapper = check_model(model, mode)
     if where is not None and not callable(where):
         raise TypeError(f"where must be callable as (module, name) -> bool, such as by_name({where!r}), not {where!r}")
     predicate = where or binary_convolutions
@@ -64,25 +73,46 @@ def make_plan(model: nn.Module, settings: Settings, where: Predicate | None) -> 
             problems.append(f"{name or cls} ({cls}): {problem}")
         elif selected is not None:
             layers.append(selected)
-    problems += _broken_ties(model, layers)
+    problems += _broken_ties(model, layers, mode)
     if problems:
         raise ValueError("nothing was changed, because of\n  " + "\n  ".join(problems))
     if not layers:
         raise ValueError(_nothing_selected(model, where))
-    return Plan(settings, tuple(layers))
+    reason = None
+    if mode is None:
+        reason = wrapper or _reason_for_inplace(layers)
+        mode = "inplace" if reason else "parametrize"
+    return Plan(settings, tuple(layers), mode, reason)
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse what is not a module, and models that are already wrapped or sharded."""
+def _reason_for_inplace(layers: list[Selected]) -> str | None:
+    for layer in layers:
+        reason = reason_for_inplace(layer)
+        if reason:
+            return f"{layer.label} {reason}"
+    return None
+
+
+def check_model(model: nn.Module, mode: Mode | None = None) -> str | None:
+    """Refuse what is not a module, or sharded; returns what wraps the model, which takes in-place mode."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, not {type(model).__name__}")
+    wrapper = None
     for name, module in model.named_modules():
-        sharded = any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__)
-        if isinstance(module, (DistributedDataParallel, DataParallel)) or sharded:
+        label = f"{name or 'the model'} is wrapped in {type(module).__name__}"
+        if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__):
             raise ValueError(
-                f"{name or 'the model'} is wrapped in {type(module).__name__}, which would miss the latent weights' "
-                "gradients: call hbnn_plugin.apply first, wrap (or shard) afterwards"
+                f"{name or 'the model'} is sharded by {type(module).__name__}, which has taken its weights apart: call "
+                "hbnn_plugin.apply first, shard afterwards"
             )
+        if isinstance(module, (DistributedDataParallel, DataParallel)):
+            if mode == "parametrize":
+                raise ValueError(
+                    f"{label}, which would miss the latent weights' gradients: call hbnn_plugin.apply first, wrap "
+                    "afterwards, or apply with mode='inplace'"
+                )
+            wrapper = label
+    return wrapper
 
 
 def _no_weight(module: nn.Module) -> str:
@@ -93,7 +123,7 @@ def _no_weight(module: nn.Module) -> str:
     return "it has no single weight of two dimensions or more"
 
 
-def _broken_ties(model: nn.Module, layers: list[Selected]) -> list[str]:
+def _broken_ties(model: nn.Module, layers: list[Selected], mode: Mode | None) -> list[str]:
     """Selected weights that another layer uses too: not selected, it would take the latent for a weight."""
     problems = []
     chosen = {(id(s.module), s.tensor_name) for s in layers}
@@ -101,9 +131,11 @@ def _broken_ties(model: nn.Module, layers: list[Selected]) -> list[str]:
     for name, module in model.named_modules():
         for tensor_name, parameter in module._parameters.items():
             tied = by_weight.get(id(parameter))
+            if mode == "inplace":  # the weight stays a weight for everybody
+                continue
             if tied is not None and (id(module), tensor_name) not in chosen and not _is_latent_list(module):
                 problems.append(f"{tied.label}: its weight is tied to {name}.{tensor_name}, which is not selected")
-    latents = {id(epc.latent): epc for epc in alive()}
+    latents = {id(epc.parameter): epc for epc in alive()}
     for key, s in by_weight.items():
         if key in latents:
             problems.append(f"{s.label}: its weight is tied to {latents[key].name}, which apply was called on before")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .binarize import binarize_model, plan_binarization
 from .checkpoint import install_hooks
+from .cluster import EPC
 from .convolved import convolved_weight, is_two_valued, pack_bits
 from .flips import binary_bits
-from .parametrization import EPC, find
+from .inplace import InPlace
+from .parametrization import Parametrized
 from .planning import Plan, check_model, make_plan
 from .selection import Predicate, Selected
-from .settings import DEFAULT_RADIUS, Order, Per, Rule, Settings, SpaceName
+from .settings import DEFAULT_RADIUS, Mode, Order, Per, Rule, Settings, SpaceName
 from .stepping import install
 
 __all__ = ["apply", "plan"]
@@ -53,6 +55,7 @@ def plan(
     per: Per = "filter",
     where: Predicate | None = None,
     binarize: Binarize | None = None,
+    mode: Mode | None = None,
     rule: Rule = "mobius",
     order: Order = "simultaneous",
     relative: bool = False,
@@ -82,11 +85,10 @@ def plan(
         point_momentum=point_momentum,
     )
     if binarize is None:
-        return make_plan(model, settings, where)
-    check_model(model)
+        return make_plan(model, settings, where, mode)
+    check_model(model, mode)
     layers = plan_binarization(model, binarize, where)
-    inner = make_plan(model, settings, lambda module, name: name in layers)
-    return Plan(inner.settings, inner.layers, binarize)
+    return replace(make_plan(model, settings, lambda module, name: name in layers, mode), binarize=binarize)
 
 
 def apply(
@@ -97,6 +99,7 @@ def apply(
     per: Per = "filter",
     where: Predicate | None = None,
     binarize: Binarize | None = None,
+    mode: Mode | None = None,
     rule: Rule = "mobius",
     order: Order = "simultaneous",
     relative: bool = False,
@@ -122,6 +125,9 @@ def apply(
             :func:`by_name` and :func:`by_class`.
         binarize: for a full-precision model: ``"1/1"`` (weights/activations) or ``"1/32"`` binarizes its convolutions
             first.
+        mode: ``"parametrize"``: the weight becomes a torch parametrization of its latent; ``"inplace"``: the host keeps
+            its weight, class and keys, and only an optimizer's step sees the latent. By default parametrize, unless
+            something is seen that takes in-place mode (:mod:`hbnn_plugin.idioms`, a model in DDP); ``plan`` tells.
         rule: how points move: ``"mobius"`` (Eq. 9), ``"riemannian"`` or ``"riemannian-adam"`` (geoopt's),
             ``"spectral"`` (beyond the paper, :mod:`hbnn_plugin.rules`), or ``"fixed"``: not at all, which is the plain
             Riemannian exponential map. On the sphere all but the last follow the geodesic.
@@ -152,6 +158,7 @@ def apply(
         per=per,
         where=where,
         binarize=binarize,
+        mode=mode,
         rule=rule,
         order=order,
         relative=relative,
@@ -163,56 +170,27 @@ def apply(
     names = [layer.name for layer in made.layers]
     if binarize is not None:
         binarize_model(model, binarize, set(names))
-        made = make_plan(model, made.settings, lambda module, name: name in names)
+        made = make_plan(model, made.settings, lambda module, name: name in names, made.mode)
     keys = [id(s.weight) for s in made.layers]  # tied weights have one
     convolved = {s.label: convolved_weight(s.module, s.shape, s.weight) for s in made.layers}
+    make = InPlace if made.mode == "inplace" else Parametrized
     epcs: dict[int, EPC] = {}
     outside: dict[str, int] = {}
     for key, s in zip(keys, made.layers):
-        if key not in epcs:
-            epc = EPC(s.weight, made.settings, shape=s.shape, unit_dims=s.unit_dims, name=s.label)
+        if key in epcs:
+            epcs[key].layers += 1
+        else:
+            epc = make(s.weight, made.settings, shape=s.shape, unit_dims=s.unit_dims, name=s.label)
             epc.flip_reference = pack_bits(binary_bits(s.weight, convolved[s.label]))
             outside[s.label] = epc.latent_of(s.weight)[1]
             epcs[key] = epc
     # From here on nothing can fail.
-    first: dict[int, Selected] = {}
     for key, s in zip(keys, made.layers):
-        if key in first:
-            _tie(s, first[key])
-        else:
-            first[key] = s
-            _register(s, epcs[key])
+        epcs[key].attach(s.module, s.tensor_name)
     install_hooks(model, [s.module for s in made.layers])
     install()
     _warn_about(made, outside, convolved)
     return model
-
-
-def _register(layer: Selected, epc: EPC) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # weights outside the ball are reported for all layers together
-        parametrize.register_parametrization(layer.module, layer.tensor_name, epc)
-    epc.owner = (_parametrizations(layer)[layer.tensor_name],)  # type: ignore[assignment]
-
-
-class _Identity(nn.Module):
-    """Holds the place until the shared list takes it; without right_inverse it leaves the tied latent alone."""
-
-    def forward(self, x: object) -> object:
-        return x
-
-
-def _tie(layer: Selected, first: Selected) -> None:
-    """Let a tied weight share latent and point: registering again would take the inverse of the latent."""
-    parametrize.register_parametrization(layer.module, layer.tensor_name, _Identity())
-    _parametrizations(layer)[layer.tensor_name] = _parametrizations(first)[first.tensor_name]
-    find(first.module)[first.tensor_name].layers += 1
-
-
-def _parametrizations(layer: Selected) -> nn.ModuleDict:
-    lists = layer.module.parametrizations
-    assert isinstance(lists, nn.ModuleDict)
-    return lists
 
 
 def _two_valued(layer: Selected, weight: Tensor) -> bool:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from .ball import MARGIN
+from .cluster import EPC
 from .epc import inner, mobius_scale
-from .parametrization import EPC
 from .spectral import orthogonal_factor
 
 __all__ = ["Move", "move"]

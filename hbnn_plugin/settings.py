@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from . import ball, sphere
 from .scalars import Space
 
-__all__ = ["DEFAULT_RADIUS", "Order", "Per", "Rule", "Settings", "SpaceName"]
+__all__ = ["DEFAULT_RADIUS", "Mode", "Order", "Per", "Rule", "Settings", "SpaceName"]
 
 _SPACES: dict[str, Space] = {"ball": ball, "sphere": sphere}
 DEFAULT_RADIUS = {"ball": 0.05, "sphere": 1.0}
@@ -20,6 +20,7 @@ SpaceName = Literal["ball", "sphere"]
 Per = Literal["layer", "filter"]
 Rule = Literal["mobius", "riemannian", "riemannian-adam", "spectral", "fixed"]
 Order = Literal["simultaneous", "alternating"]
+Mode = Literal["parametrize", "inplace"]
 _CHOICES = {"space": get_args(SpaceName), "per": get_args(Per), "rule": get_args(Rule), "order": get_args(Order)}
 
 

@@ -9,6 +9,8 @@ points' new places (Algorithm 1 of [HBNN], with the upstream gradient at hand).
 * Of nested steps (SAM, ZeroRedundancyOptimizer, a subclass that calls ``super().step()``) the innermost moves the
   point, once, at its own learning rate.
 * A step that raises, or that GradScaler skips, moves nothing.
+* In in-place mode (:mod:`hbnn_plugin.inplace`) the outermost step begins with the latents entering the hosts' weights
+  and ends, also when it raises, with their leaving. A closure sees the mapped weights.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .parametrization import EPC, alive
+from .cluster import EPC, alive
+from .inplace import InPlace
 from .recovery import Recovered, pull_back, recover
 from .rules import Move, move
 
@@ -39,7 +42,7 @@ def held_clusters(optimizer: Optimizer) -> list[tuple[EPC, dict[str, Any]]]:
     if not clusters:
         return []
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    return [(epc, groups[id(epc.latent)]) for epc in clusters if id(epc.latent) in groups]
+    return [(epc, groups[id(epc.parameter)]) for epc in clusters if id(epc.parameter) in groups]
 
 
 @dataclass
@@ -83,7 +86,9 @@ class PointStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.clusters = [(epc, group) for epc, group in held_clusters(optimizer) if epc.settings.rule != "fixed"]
+        held = held_clusters(optimizer)
+        self.clusters = [(epc, group) for epc, group in held if epc.settings.rule != "fixed"]
+        self.swaps = [epc for epc, _ in held if isinstance(epc, InPlace) and not epc.swapped]
         self.pending: dict[int, _Pending] = {}
         self._evaluations = 0
 
@@ -91,7 +96,9 @@ class PointStep:
         """The closure, with the gradients gathered after its first evaluation."""
 
         def evaluate() -> Any:
+            self.leave()
             loss = closure()
+            self.enter()
             self._evaluations += 1
             if self._evaluations == 1:
                 self.gather()
@@ -105,11 +112,22 @@ class PointStep:
         evaluate.points_of = self.optimizer  # type: ignore[attr-defined]
         return evaluate
 
+    def enter(self) -> None:
+        """Let the latents into the weights of in-place hosts, where there is a gradient to step by."""
+        for epc in self.swaps:
+            if epc.parameter.grad is not None:
+                epc.enter()
+
+    def leave(self) -> None:
+        """Let the mapped weights back in."""
+        for epc in self.swaps:
+            epc.leave()
+
     def gather(self) -> None:
         """Recover the points' gradients, but for those that an enclosing step has from the very same gradients."""
         due = []
         for epc, group in self.clusters:
-            gradient = epc.latent.grad
+            gradient = epc.parameter.grad
             if gradient is not None and not self._take_over(epc, gradient, group):
                 due.append((epc, gradient, group))
         if not due:
@@ -143,7 +161,7 @@ class PointStep:
 
     def holds_all(self) -> bool:
         """Whether every gradient that is there now has been gathered here."""
-        gradients = [(self.pending.get(id(epc)), epc.latent.grad) for epc, _ in self.clusters]
+        gradients = [(self.pending.get(id(epc)), epc.parameter.grad) for epc, _ in self.clusters]
         there = [(pending, gradient) for pending, gradient in gradients if gradient is not None]
         return bool(there) and all(p is not None and p.comes_from(g) for p, g in there)
 
@@ -178,8 +196,16 @@ def step_points(optimizer: Optimizer) -> None:
     """Move the points of the latents that ``optimizer`` holds, from the gradients these have now.
 
     For optimizers that do not fire torch's step hooks: call it right before ``optimizer.step()``.
+
+    Raises:
+        ValueError: a latent is in in-place mode, where the optimizer's step itself has to be framed.
     """
     step = PointStep(optimizer)
+    if step.swaps:
+        raise ValueError(
+            f"{step.swaps[0].name} is in in-place mode, which needs an optimizer that fires torch's step hooks: let "
+            f"{type(optimizer).__name__} call super().__init__(), or apply with mode='parametrize'"
+        )
     step.gather()
     step.finish()
 
@@ -200,14 +226,19 @@ def _begin(optimizer: Optimizer, closure: object) -> PointStep | None:
             if closure is None and step.holds_all():
                 del stack[depth + 1 :]
                 return step
+            for stale in stack[depth:]:
+                stale.leave()
             del stack[depth:]
             break
     step = PointStep(optimizer)
-    if not step.clusters:
+    if not (step.clusters or step.swaps):
         return None
     for epc, _ in step.clusters:
         epc.hooked = True
     stack.append(step)
+    if step.swaps:
+        _put_back_if_it_raises(optimizer)
+        step.enter()
     return step
 
 
@@ -236,7 +267,37 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             step = stack[depth]
             del stack[depth:]
             step.finish()
+            step.leave()
             return
+
+
+def _put_back_if_it_raises(optimizer: Optimizer) -> None:
+    """A step that raises fires no hook: guard the step itself, in the closure cell from which torch's wrapper takes it.
+
+    The wrapper looks there after the hooks that run before a step, so this holds for the step in progress too, and for
+    every reference to the wrapper that somebody (a learning rate scheduler) has taken.
+    """
+    for cls in type(optimizer).__mro__:
+        wrapper = cls.__dict__.get("step")
+        if wrapper is not None and getattr(wrapper, "hooked", False):
+            cells = dict(zip(wrapper.__code__.co_freevars, wrapper.__closure__ or ()))
+            if "func" in cells and not hasattr(cells["func"].cell_contents, "puts_back"):
+                cells["func"].cell_contents = _putting_back(cells["func"].cell_contents)
+
+
+def _putting_back(step: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(step)
+    def guarded(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(optimizer, *args, **kwargs)
+        except BaseException:
+            for one in _stack():
+                if one.optimizer is optimizer:
+                    one.leave()
+            raise
+
+    guarded.puts_back = True  # type: ignore[attr-defined]
+    return guarded
 
 
 @functools.cache

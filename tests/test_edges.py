@@ -12,13 +12,13 @@ from torch import nn
 
 import hbnn_plugin
 from hbnn_plugin import exp_map
-from hbnn_plugin.parametrization import find
+from hbnn_plugin.cluster import find
 from tiny_hosts import IrConv, ScaledConv, TinyNet, tiny_net
 
 
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, gradient: torch.Tensor | float = 0.01) -> None:
     for epc in (epc for module in model.modules() for epc in find(module).values()):
-        epc.latent.grad = torch.zeros_like(epc.latent) + gradient
+        epc.parameter.grad = torch.zeros_like(epc.parameter) + gradient
     optimizer.step()
 
 
@@ -104,7 +104,7 @@ def test_the_antipode_of_a_point_on_the_sphere_reads_back() -> None:
         target = torch.cos(torch.tensor(angle)) * p + torch.sin(torch.tensor(angle)) * tangent
         model.conv1.weight = target
         assert torch.allclose(model.conv1.weight, target, atol=5e-4)
-        assert float(find(model.conv1)["weight"].latent.detach().flatten(1).norm(dim=1).max()) < 3.2
+        assert float(find(model.conv1)["weight"].parameter.detach().flatten(1).norm(dim=1).max()) < 3.2
 
 
 def test_a_zero_filter_has_no_place_on_the_sphere_wherever_it_comes_from() -> None:
@@ -157,7 +157,7 @@ def test_casting_the_model_to_half_precision_leaves_the_points_in_float32() -> N
         point = find(model.conv1)["weight"].point.clone()
         cast(model)
         epc = find(model.conv1)["weight"]
-        assert epc.latent.dtype in (torch.bfloat16, torch.float16)
+        assert epc.parameter.dtype in (torch.bfloat16, torch.float16)
         assert torch.equal(epc.point, point)
         one_step(model, torch.optim.SGD(model.parameters(), lr=1e3))
         assert float(epc.reach().max()) < 1

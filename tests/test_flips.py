@@ -281,7 +281,7 @@ def test_cluster_report(options: dict[str, Any]) -> None:
         assert 0 < layer.reach <= 1 + 1e-5
         module = net.get_submodule(name)
         bare = IrConv(module.in_channels, module.out_channels, 3)
-        bare.weight.data.copy_(epc.latent)
+        bare.weight.data.copy_(epc.parameter)
         differs = (bare.binary_weight() > 0) != (module.binary_weight() > 0)
         assert layer.disagreement == pytest.approx(float(differs.float().mean()))
     if "start" not in options:  # there p and v share their direction

@@ -25,7 +25,7 @@ def test_fuse_gives_back_the_host(host: Any, options: dict[str, Any]) -> None:
     optimizer = SGD(net.parameters(), lr=0.1)
     train(net, optimizer, 2)
     expected = output(net)
-    latent = {name: epc.latent.detach().clone() for name, epc in clusters(net).items()}
+    latent = {name: epc.parameter.detach().clone() for name, epc in clusters(net).items()}
     assert hbnn_plugin.fuse(net) is net
     assert torch.equal(output(net), expected)
     assert list(net.state_dict()) == list(plain.state_dict())
@@ -99,7 +99,7 @@ def test_somebody_elses_parametrization_of_the_bias_stays(first: str) -> None:
 
 def test_fuse_refuses_a_weight_that_is_not_finite() -> None:
     net = trained()
-    clusters(net)["conv2"].latent.data[1, 0, 0, 0] = torch.nan
+    clusters(net)["conv2"].parameter.data[1, 0, 0, 0] = torch.nan
     before, classes = state(net), [type(m) for m in net.modules()]
     with pytest.raises(ValueError, match=r"conv2: its weight holds 45 non-finite value\(s\); nothing was fused"):
         hbnn_plugin.fuse(net)

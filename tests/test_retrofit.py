@@ -57,7 +57,7 @@ def test_binary_weights_are_what_they_were_right_after_apply(host: Any, options:
     for before, after in zip(bits, binary_bits(net)):
         assert torch.equal(before, after)
     for weight, epc in zip(weights, clusters(net).values()):
-        now = epc(epc.latent).detach()
+        now = epc(epc.parameter).detach()
         assert F.cosine_similarity(now.flatten(), weight.flatten(), dim=0) > 0.98
         inside = options["space"] == "ball" and (norm == 0.1 or options["relative"])
         if inside or (options["space"] == "sphere" and options["relative"]):
@@ -100,7 +100,7 @@ def test_an_assigned_weight_reads_back(options: dict[str, Any], trained: bool) -
     optimizer = SGD(net.parameters(), lr=0.1)
     if trained:
         train(net, optimizer, 2)
-    latent = clusters(net)["conv1"].latent
+    latent = clusters(net)["conv1"].parameter
     w = torch.randn(net.conv1.weight.shape)
     filters = (slice(None),) if options["per"] == "layer" else range(5)
     for f in filters:
@@ -120,7 +120,7 @@ def test_an_assigned_weight_reads_back(options: dict[str, Any], trained: bool) -
         net.conv1.weight = far
     for f in filters:
         assert F.cosine_similarity(net.conv1.weight[f].flatten(), far[f].flatten(), dim=0) > 1 - 1e-5
-    assert clusters(net)["conv1"].latent is latent
+    assert clusters(net)["conv1"].parameter is latent
     with pytest.raises(ValueError, match="conv1: the weight holds 1 non-finite"):
         net.conv1.weight = w.where(torch.arange(w.numel()).reshape(w.shape) != 7, torch.nan)
     with pytest.raises(ValueError, match=r"conv1: expected a weight of shape \(5, 4, 3, 3\), got \(2, 2\)"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import hbnn_plugin
 from geoopt_loop import newton_schulz
 from hbnn_plugin.epc import exp_map
-from hbnn_plugin.parametrization import find
+from hbnn_plugin.cluster import find
 from hbnn_plugin.spectral import orthogonal_factor
 
 
@@ -75,7 +75,7 @@ def test_the_first_step_from_the_origin_is_the_orthogonal_factor_of_the_layers_g
     hbnn_plugin.apply(model, where=lambda module, name: module is layer, rule="spectral", per=per, relative=relative)
     epc = find(layer)["weight"]
     point = torch.zeros_like(epc.point, requires_grad=True)
-    mapped = {"weight": exp_map(point, epc.latent.detach(), epc.radius, dims=epc.dims), "bias": layer.bias.detach()}
+    mapped = {"weight": exp_map(point, epc.parameter.detach(), epc.radius, dims=epc.dims), "bias": layer.bias.detach()}
     for y in (torch.func.functional_call(bare, mapped, (x,)), model(x)):
         (y**3).sum().backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()

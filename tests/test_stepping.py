@@ -145,12 +145,12 @@ def test_points_are_neither_parameters_nor_part_of_the_gradient_norm() -> None:
     train(net, SGD(net.parameters(), lr=0.1), 2)
     loss_of(net, 3).backward()
     epcs = list(clusters(net).values())
-    before = [found.gradient for found in recover(epcs, [epc.latent.grad for epc in epcs])]
+    before = [found.gradient for found in recover(epcs, [epc.parameter.grad for epc in epcs])]
     by_hand = torch.stack([p.grad.square().sum() for p in net.parameters()]).sum().sqrt()
     norm = nn.utils.clip_grad_norm_(net.parameters(), 0.01)
     torch.testing.assert_close(norm, by_hand)
     assert norm > 0.02, "nothing was clipped"
-    after = [found.gradient for found in recover(epcs, [epc.latent.grad for epc in epcs])]
+    after = [found.gradient for found in recover(epcs, [epc.parameter.grad for epc in epcs])]
     for one, other in zip(before, after):
         assert one.norm() > 0
         torch.testing.assert_close(other, one * 0.01 / (norm + 1e-6), rtol=1e-9, atol=0)
@@ -162,8 +162,8 @@ def test_a_nan_in_the_gradient_reaches_no_point() -> None:
         optimizer = optimizer_class(net.parameters(), lr=0.1)
         train(net, optimizer, 1)
         loss_of(net, 1).backward()
-        clusters(net)["conv1"].latent.grad[2, 0, 1, 1] = torch.nan
-        clusters(net)["conv1"].latent.grad[4, 1, 1, 1] = torch.inf
+        clusters(net)["conv1"].parameter.grad[2, 0, 1, 1] = torch.nan
+        clusters(net)["conv1"].parameter.grad[4, 1, 1, 1] = torch.inf
         before = points(net)
         optimizer.step()
         after = points(net)
@@ -175,7 +175,7 @@ def test_a_nan_in_the_gradient_reaches_no_point() -> None:
 
 def test_frozen_latents_keep_their_points() -> None:
     net = applied()
-    clusters(net)["conv1"].latent.requires_grad_(False)
+    clusters(net)["conv1"].parameter.requires_grad_(False)
     before = state(net)
     train(net, SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1), 3)
     assert moved(net, points_of(before)) == ["conv2"]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import hbnn_plugin
-from hbnn_plugin.parametrization import find
+from hbnn_plugin.cluster import find
 from tiny_hosts import IrConv, ScaledConv, SmoothConv, TinyNet
 
 
@@ -103,7 +103,7 @@ def test_half_precision_weights_have_points_in_float32(dtype: torch.dtype) -> No
     epc = find(model.conv1)["weight"]
     assert model.conv1.weight.dtype == dtype
     assert epc.point.dtype == torch.float32
-    latent = epc.latent
+    latent = epc.parameter
     latent.grad = torch.full_like(latent, 0.01)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert float(epc.point.abs().max()) > 0

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hbnn_plugin.parametrization import EPC, find
+from hbnn_plugin.cluster import EPC, find
+from hbnn_plugin.inplace import InPlace
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -192,9 +193,14 @@ def points(net: nn.Module) -> dict[str, Tensor]:
     return {name: epc.point.clone() for name, epc in clusters(net).items()}
 
 
+def latent(epc: EPC) -> Tensor:
+    """v, in either mode."""
+    return epc.latent if isinstance(epc, InPlace) else epc.parameter.detach()
+
+
 def latents(net: nn.Module) -> dict[str, Tensor]:
     """Layer name → a copy of its latent."""
-    return {name: epc.latent.detach().clone() for name, epc in clusters(net).items()}
+    return {name: latent(epc).clone() for name, epc in clusters(net).items()}
 
 
 def state(net: nn.Module) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ def oracle(net: TinyNet, seed: int, lr: float, radius: float, per: str, order: s
     for name, epc in clusters(net).items():
         upstream = plain.get_submodule(name).weight.grad
         p = rows(epc.point.clone(), per).requires_grad_()
-        v = rows(epc.latent.detach().clone(), per).requires_grad_()
+        v = rows(epc.parameter.detach().clone(), per).requires_grad_()
         g_p, g_v = torch.autograd.grad(ball.expmap(p, v, project=False), (p, v), rows(upstream, per))
         p_new = ball.mobius_add(p, ball.mobius_scalar_mul(torch.tensor(-lr, dtype=F64), g_p), project=False).detach()
         if order == "alternating":

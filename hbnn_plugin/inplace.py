@@ -1,0 +1,159 @@
+"""In-place mode: the host keeps its own weight, class, keys and graph, and only an optimizer's step sees the latent.
+
+Outside of a step the host's weight holds x = exp_p(v), and the host may do to it what it likes. During a step, from
+:meth:`InPlace.enter` to :meth:`InPlace.leave`, it holds v and the gradient of v, for the user's optimizer to act on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cluster import EPC, INPLACE_SUFFIX
+
+__all__ = ["InPlace"]
+
+_SAME = 8.0
+"""A weight within so many roundings of the mapped one is the mapped one: computed elsewhere it rounds otherwise."""
+
+
+class InPlace(EPC):
+    """The cluster of a weight that stays the host's own Parameter.
+
+    Buffers, besides those of :class:`EPC`:
+        latent: v, of the weight's shape and dtype. (While an optimizer steps, the weight itself holds it.)
+    """
+
+    latent: Tensor
+    host: tuple[nn.Module, str] | None = None  # in a tuple, so that it is not taken for a submodule
+
+    def __init__(self, weight: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().__init__(weight, *args, **kwargs)
+        self.register_buffer("latent", self.latent_of(weight.detach())[0])
+        self._upstream: Tensor | None = None
+        self._warned = False
+        self.swapped = False
+
+    @property
+    def registered(self) -> bool:
+        """Whether this cluster sits in a host."""
+        return self.host is not None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The host's weight."""
+        if self.host is None:
+            raise RuntimeError(f"{self.name}: this cluster is not registered on a module")
+        module, tensor_name = self.host
+        weight: nn.Parameter = module._parameters[tensor_name]  # type: ignore[assignment]
+        return weight
+
+    @torch.no_grad()
+    def attach(self, module: nn.Module, tensor_name: str) -> None:
+        """Sit beside the module's weight; beside that of each layer that is tied to the first, too."""
+        module.add_module(tensor_name + INPLACE_SUFFIX, self)
+        if self.host is None:
+            self.host = (module, tensor_name)
+            self.parameter.copy_(self.weight_of(self.latent))
+
+    def detach_from(self, layers: Sequence[tuple[nn.Module, str]]) -> None:
+        """Leave the layers with their weight as it is."""
+        self.host = None  # no optimizer step is to find this cluster any more
+        for module, tensor_name in layers:
+            del module._modules[tensor_name + INPLACE_SUFFIX]
+
+    def adopt(self, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
+        """Add to a plain weight in a checkpoint what apply would have put beside it."""
+        inside = f"{prefix}{tensor_name}{INPLACE_SUFFIX}."
+        weight = state_dict.get(prefix + tensor_name)
+        if weight is None or inside + "latent" in state_dict or tuple(weight.shape) != tuple(self.parameter.shape):
+            return
+        weight = weight.detach().to(self.parameter.device)
+        fresh = InPlace(weight, self.settings, shape=self.shape, unit_dims=self.unit_dims, name=self.name)
+        state_dict.update(fresh.state_dict(prefix=inside))
+        self.reference_is_stale = True
+
+    @torch.no_grad()
+    def honour_edits(self) -> None:
+        """Take what the host did to its weight into the latent, through the inverse map, and only where it did."""
+        weight = self.logical(self.parameter.detach())
+        mapped = self.logical(self.weight_of(self.latent))
+        apart, size = (
+            (weight - mapped).abs().amax(self.dims, keepdim=True),
+            mapped.abs().amax(self.dims, keepdim=True),
+        )
+        edited = ~(apart <= _SAME * torch.finfo(weight.dtype).eps * size)  # one bool a point; a NaN is an edit too
+        if not bool(edited.any()):
+            return
+        finite = weight.isfinite().all(self.dims, keepdim=True) if self.dims else weight.isfinite()
+        inverse, outside = self.latent_of(torch.where(edited & finite, weight, mapped))
+        latent = torch.where(finite, self.logical(inverse), weight)  # not finite: let it be seen, as in the bare host
+        self.latent.copy_(torch.where(edited, latent, self.logical(self.latent)).reshape(self.latent.shape))
+        if outside and not self._warned and self.settings.space == "ball":
+            self._warned = True
+            warnings.warn(
+                f"{self.name}: the host moved its weight out of the ball at {outside} of {self.points} point(s) "
+                f"(radius {self.settings.radius:g}); its direction is kept and its length is not. A smaller radius, or "
+                "apply(..., relative=True), would keep both.",
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Put the latent and its gradient into the host's weight."""
+        if self.swapped:
+            return
+        self.honour_edits()
+        weight = self.parameter
+        if weight.grad is not None:
+            self._upstream = weight.grad
+            weight.grad = self._pull_back(weight.grad)
+        weight.copy_(self.latent)
+        self.swapped = True
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Take the latent out of the host's weight, and write the mapped weight there."""
+        if not self.swapped:
+            return
+        weight = self.parameter
+        self.latent.copy_(weight)
+        weight.copy_(self.weight_of(self.latent))
+        if weight.grad is not None and self._upstream is not None:
+            if not bool(weight.grad.any()):  # the step has cleared it
+                self._upstream.zero_()
+            weight.grad = self._upstream
+        self._upstream = None
+        self.swapped = False
+
+    @contextlib.contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Inside, the host's weight is the latent itself."""
+        weight = self.parameter
+        with torch.no_grad():
+            before = weight.clone()
+            weight.copy_(self.latent)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                weight.copy_(before)
+
+    def _pull_back(self, upstream: Tensor) -> Tensor:
+        """∂L/∂v for ∂L/∂x."""
+        with torch.enable_grad():
+            v = self.latent.detach().requires_grad_()
+            x = self.weight_of(v)
+        return torch.autograd.grad(x, v, upstream)[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InPlace:
+        """Move with the model; the latent is cast as the weight is."""
+        latent = self.latent
+        super()._apply(fn, recurse)
+        self.latent = fn(latent)
+        return self
