@@ -22,6 +22,7 @@ from .ball import MARGIN
 from .epc import combine, exp_map, inner, log_map, mobius_scale, scalar_dtype, working_dtype
 from .scalars import Radius
 from .settings import Settings
+from .sharding import whole
 
 __all__ = ["EPC", "INPLACE_SUFFIX", "alive", "find"]
 
@@ -162,7 +163,7 @@ class EPC(nn.Module):
 
     def weight_of(self, latent: Tensor) -> Tensor:
         """The weight exp_p(v): shape and dtype of the latent."""
-        x = exp_map(self.point, self.logical(latent), self.radius, self.settings.geometry, self.dims)
+        x = exp_map(self.point, self.logical(whole(latent)), self.radius, self.settings.geometry, self.dims)
         return x.reshape(latent.shape) if self.flat else x
 
     @torch.no_grad()

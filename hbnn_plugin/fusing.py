@@ -11,6 +11,7 @@ from .binarize import fuse_binarized
 from .checkpoint import remove_hooks
 from .cluster import EPC
 from .flips import applied_layers
+from .sharding import is_sharded
 
 __all__ = ["fuse"]
 
@@ -33,6 +34,11 @@ def fuse(model: M) -> M:
     """
     layers = applied_layers(model)
     for name, (module, tensor_name, epc) in layers.items():
+        if is_sharded(epc.parameter):
+            raise ValueError(
+                f"{name}: its latent is sharded; gather the whole state_dict and load it into an applied model that is "
+                "not, or make it plain with hbnn_plugin.plain_state_dict"
+            )
         bad = int((~getattr(module, tensor_name).isfinite()).sum())
         if bad:
             raise ValueError(f"{name}: its weight holds {bad} non-finite value(s); nothing was fused")

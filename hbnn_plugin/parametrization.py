@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .cluster import EPC
+from .sharding import whole
 
 __all__ = ["Parametrized"]
 
@@ -90,7 +91,7 @@ class Parametrized(EPC):
         if self.training and not torch.compiler.is_compiling() and self._watch[0]:
             self._watch_latent(latent)
         if self._bypass:
-            return latent
+            return whole(latent)
         return self.weight_of(latent)
 
     def right_inverse(self, weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from .epc import inner
 from .idioms import reason_for_inplace
 from .selection import Predicate, Selected, binary_convolutions, own_class, select
 from .settings import Mode, Settings
+from .sharding import is_sharded
 from .tables import table
 
 __all__ = ["Plan", "make_plan"]
@@ -159,7 +160,7 @@ def _problem(selected: Selected, settings: Settings) -> str | None:
     if isinstance(parameter, UninitializedParameter):
         return f"its {tensor_name} is not initialized yet; run the lazy module once, then apply"
     weight = selected.weight
-    if type(weight).__name__ == "DTensor":
+    if is_sharded(weight):
         return f"its {tensor_name} is already sharded; call hbnn_plugin.apply first, shard afterwards"
     if not weight.is_floating_point():
         return f"its {tensor_name} is {weight.dtype}, not a floating-point tensor"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .cluster import EPC
 from .epc import combine, exp_map, inner
+from .sharding import whole
 
 __all__ = ["Recovered", "pull_back", "recover"]
 
@@ -72,7 +73,7 @@ def recover(
         vectors = []
         for i in members:
             epc = clusters[i]
-            v, h = (epc.logical(t.detach()).to(epc.point.dtype) for t in (epc.parameter, gradients[i]))
+            v, h = (epc.logical(whole(t.detach())).to(epc.point.dtype) for t in (epc.parameter, gradients[i]))
             vectors.append((epc.point, v, h))
         grams = [_gram(clusters[i], v, h) for i, (_, v, h) in zip(members, vectors)]
         gram = torch.cat(grams, dim=1)
@@ -105,6 +106,6 @@ def recover(
 def pull_back(epc: EPC, upstream: Tensor) -> Tensor:
     """J_v(p, v)ᵀ G at the point where it is now: what ``v.grad`` would be for G = ∂L/∂x."""
     with torch.enable_grad():
-        v = epc.logical(epc.parameter.detach()).to(upstream.dtype).requires_grad_()
+        v = epc.logical(whole(epc.parameter.detach())).to(upstream.dtype).requires_grad_()
         x = exp_map(epc.point, v, epc.radius, epc.settings.geometry, epc.dims)
     return torch.autograd.grad(x, v, upstream)[0]

@@ -30,6 +30,7 @@ from .cluster import EPC, alive
 from .inplace import InPlace
 from .recovery import Recovered, pull_back, recover
 from .rules import Move, move
+from .sharding import sharded_like, whole
 
 __all__ = ["PointStep", "held_clusters", "install", "step_points"]
 
@@ -189,7 +190,8 @@ def _rewrite(gradient: Tensor, epc: EPC, found: Recovered) -> None:
     assert found.upstream is not None
     rewritten = pull_back(epc, found.upstream).reshape(gradient.shape)
     valid = found.valid.expand(epc.shape).reshape(gradient.shape)
-    gradient.copy_(torch.where(valid, rewritten.to(gradient.dtype), gradient))
+    kept = torch.where(valid, rewritten.to(gradient.dtype), whole(gradient))
+    gradient.copy_(sharded_like(kept, gradient))
 
 
 def step_points(optimizer: Optimizer) -> None:

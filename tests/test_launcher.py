@@ -1,0 +1,173 @@
+"""``python -m hbnn_plugin train.py``: unedited scripts, from the outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hbnn_plugin import launcher
+
+SCRIPT = """
+import argparse
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from {imported} import BinaryConv
+from torch import nn
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--steps", type=int, default=2)
+parser.add_argument("--end", default="well")
+args = parser.parse_args()  # at import
+
+
+def main():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), BinaryConv(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    {wrap}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for step in range(args.steps):
+        optimizer.zero_grad()
+        F.cross_entropy(net(torch.randn(8, 3, 6, 6)), torch.arange(8) % 2).backward()
+        optimizer.step()
+        print("step", step, flush=True)
+    torch.save({{"state_dict": net.state_dict(), "epoch": 1}}, "last{rank}.pth")
+    if args.end == "exit":
+        sys.exit(3)
+    while args.end == "never":
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+CONV = """
+import torch.nn.functional as F
+from torch import nn
+
+
+class BinaryConv(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, (self.weight.sign() - self.weight).detach() + self.weight)
+"""
+
+DDP = (
+    "torch.distributed.init_process_group('gloo'); net = nn.parallel.DistributedDataParallel(net); "
+    "import os; rank = os.environ['RANK']"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A script beside its helper, the same two as a package, and the script for two processes."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    for place in (tmp_path, tmp_path / "package"):
+        (place / "convs.py").write_text(CONV)
+    (tmp_path / "train.py").write_text(SCRIPT.format(imported="convs", wrap="", rank=""))
+    (tmp_path / "package" / "train.py").write_text(SCRIPT.format(imported=".convs", wrap="", rank=""))
+    parallel = SCRIPT.format(imported="convs", wrap=DDP, rank="-RANK").replace('"last-RANK.pth"', 'f"last{rank}.pth"')
+    (tmp_path / "parallel.py").write_text(parallel.replace('torch.save({"', 'rank == "0" and torch.save({"'))
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hbnn_plugin", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_a_script_its_exit_status_its_output_and_a_report(folder: Path) -> None:
+    done = run(folder, "--radius", "0.1", "--report", "report", "train.py", "--steps", "3", "--end", "exit")
+    assert done.returncode == 3, done.stderr
+    assert done.stdout == "step 0\nstep 1\nstep 2\n"
+    assert "radius=0.1" in done.stderr
+    flips = json.loads((folder / "report" / "flips.json").read_text())
+    assert list(flips["layers"]) == ["1"]
+    assert flips["layers"]["1"]["steps"] == 3
+    assert (folder / "report" / "flips.png").read_bytes().startswith(b"\x89PNG")
+    fused = torch.load(folder / "report" / "fused" / "last.pth", weights_only=True)
+    assert "1.weight" in fused["state_dict"]
+    assert not any("parametrizations" in key for key in fused["state_dict"])
+    assert fused["epoch"] == 1
+    assert not [path for path in (folder / "report").rglob("*") if path.name.startswith(".")]
+
+
+def test_a_module_with_relative_imports(folder: Path) -> None:
+    done = run(folder, "--mode", "inplace", "-m", "package.train", "--steps", "1")
+    assert (done.returncode, done.stdout) == (0, "step 0\n"), done.stderr
+    assert "mode='inplace'" in done.stderr
+    assert "1.weight_epc.point" in torch.load(folder / "last.pth", weights_only=True)["state_dict"]
+
+
+def test_an_interrupt_is_the_scripts_own_and_the_report_is_written(folder: Path) -> None:
+    command = [sys.executable, "-m", "hbnn_plugin", "--report", "report", "train.py", "--end", "never"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 240
+        while not (folder / "last.pth").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=240)
+    assert "KeyboardInterrupt" in errors
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert (folder / "report" / "flips.txt").exists()
+
+
+def test_torchrun_wraps_the_model_before_the_optimizer(folder: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "hbnn_plugin"]
+    command += ["--report", "report", "parallel.py"]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("hbnn_plugin: EPC on 1 layer(s)") == 1  # rank 0 speaks
+    assert (folder / "report" / "flips.txt").exists()
+    assert "module.1.weight" in torch.load(folder / "report" / "fused" / "last0.pth", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name the script"),
+        (["--radius", "0.1"], "name the script"),
+        (["missing.py"], "no script missing.py"),
+        (["--radius", "large", "train.py"], "invalid float value"),
+        (["--nonsense", "1", "train.py"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_arguments_are_one_message_before_anything_runs(
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as ended:
+        launcher.main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "last.pth").exists()
+
+
+def test_a_script_without_a_binary_network_is_left_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "plain.py").write_text("import torch\ntorch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    launcher.main(["plain.py"])
+    assert "nothing was applied" in capsys.readouterr().err
