@@ -38,12 +38,17 @@ _open = threading.local()
 
 
 def held_clusters(optimizer: Optimizer) -> list[tuple[EPC, dict[str, Any]]]:
-    """The clusters whose latents this optimizer holds, each with the latent's parameter group."""
+    """The clusters whose latents this optimizer holds, each with the latent's parameter group.
+
+    In the optimizer's order, which is the same on all ranks of a distributed training.
+    """
     clusters = alive()
     if not clusters:
         return []
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    return [(epc, groups[id(epc.parameter)]) for epc in clusters if id(epc.parameter) in groups]
+    held = [(id(parameter), group) for group in optimizer.param_groups for parameter in group["params"]]
+    places = {key: (place, group) for place, (key, group) in enumerate(held)}
+    found = [(*places[id(epc.parameter)], epc) for epc in clusters if id(epc.parameter) in places]
+    return [(epc, group) for _, group, epc in sorted(found, key=lambda entry: entry[0])]
 
 
 @dataclass

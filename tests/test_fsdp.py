@@ -1,0 +1,98 @@
+"""FSDP2 on two ranks: sharded latents train as whole ones do. This file is also the script that the ranks run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import hbnn_plugin
+from hbnn_plugin.sharding import whole
+from tiny_hosts import IrConv, TinyNet, clusters, loss_of, tiny_net
+
+OPTIONS = [{"per": per, "order": order} for per in ("filter", "layer") for order in ("simultaneous", "alternating")]
+
+
+def steps(net: nn.Module, first: int, count: int, optimizer: torch.optim.Optimizer) -> None:
+    for seed in range(first, first + count):
+        optimizer.zero_grad()
+        loss_of(net, seed).backward()
+        optimizer.step()
+
+
+def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+
+def result(net: TinyNet) -> dict[str, torch.Tensor]:
+    found = {name: whole(p.detach()).clone() for name, p in net.named_parameters()}
+    flips = {f"{name}.flips": torch.tensor(ratio) for name, ratio in hbnn_plugin.flip_ratio(net).items()}
+    return found | flips | {f"{name}.point": epc.point.clone() for name, epc in clusters(net).items()}
+
+
+def sharded(options: dict[str, str]) -> TinyNet:
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
+    net = hbnn_plugin.apply(tiny_net(IrConv, dtype=torch.float64), **options)
+    for layer in (net.conv1, net.conv2):
+        fully_shard(layer)
+    return fully_shard(net)
+
+
+def main(out: Path) -> None:
+    """Train four steps; once more with the sharded state saved and loaded in between."""
+    import torch.distributed.checkpoint as dcp  # noqa: PLC0415
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: PLC0415
+
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    for i, options in enumerate(OPTIONS):
+        net = sharded(options)
+        optimizer = optimizer_of(net)
+        steps(net, 0, 2, optimizer)
+        model_state, optimizer_state = get_state_dict(net, optimizer)
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=out / f"saved{i}")
+        steps(net, 2, 2, optimizer)
+        torch.save(result(net), out / f"trained{i}-{rank}.pt")
+
+        again = sharded(options)
+        optimizer = optimizer_of(again)
+        model_state, optimizer_state = get_state_dict(again, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(state, checkpoint_id=out / f"saved{i}")
+        set_state_dict(again, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        steps(again, 2, 2, optimizer)
+        torch.save(result(again), out / f"resumed{i}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fsdp")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(out)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("i", range(len(OPTIONS)), ids=lambda i: "-".join(OPTIONS[i].values()))
+def test_two_ranks_train_as_one(i: int, ranks: Path) -> None:
+    net = hbnn_plugin.apply(tiny_net(IrConv, dtype=torch.float64), **OPTIONS[i])
+    start = result(net)
+    steps(net, 0, 4, optimizer_of(net))
+    expected = result(net)
+    assert not torch.allclose(expected["conv1.point"], start["conv1.point"])
+    for name in ("trained", "resumed"):
+        for rank in (0, 1):
+            found = torch.load(ranks / f"{name}{i}-{rank}.pt", weights_only=True)
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                assert torch.allclose(found[key], value, rtol=1e-9, atol=1e-12), (name, key)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
