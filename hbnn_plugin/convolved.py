@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .sharding import is_sharded, whole
+
 __all__ = ["binary_value", "convolved_weight", "is_two_valued", "pack_bits", "unpack_bits"]
 
 _CONVOLUTIONS: frozenset[Callable[..., Any]] = frozenset(
@@ -82,6 +84,8 @@ def convolved_weight(
     before = weight.detach().clone()  # hosts there are that write into their weight's .data
     # The layer gets copies of its buffers: the originals may be saved in a graph that waits for its backward.
     kept = [(m, n, b) for m in _own_modules(module) for n, b in m._buffers.items() if b is not None]
+    sharded = [(m, n, p) for m in _own_modules(module) for n, p in m._parameters.items() if p is not None]
+    sharded = [(m, n, p) for m, n, p in sharded if is_sharded(p)]
     modes = [(m, m.training) for m in module.modules()]
     recorder = _Recorder()
     try:
@@ -90,6 +94,8 @@ def convolved_weight(
                 m.training = False
         for owner, name, buffer in kept:
             owner._buffers[name] = buffer.clone()
+        for owner, name, parameter in sharded:
+            owner._parameters[name] = nn.Parameter(whole(parameter), requires_grad=False)
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []), recorder:
             module.forward(_small_input(module, shape, weight))
     except Exception:  # a host may want other inputs; the caller falls back to the sign of the weight
@@ -97,6 +103,8 @@ def convolved_weight(
     finally:
         for owner, name, buffer in kept:
             owner._buffers[name] = buffer
+        for owner, name, parameter in sharded:
+            owner._parameters[name] = parameter
         for m, mode in modes:
             m.training = mode
         if weight.is_leaf and not torch.equal(weight, before):
