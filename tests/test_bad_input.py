@@ -125,10 +125,15 @@ BAD = {
     "zero on the sphere": (zero_filter, {"space": "sphere"}, ValueError, ["conv2", "1 of its filters are zero"]),
     "applied before": (applied, {}, ValueError, ["conv1", "conv2", "called on it before", r"fuse\(model\)"]),
     "parametrized": (parametrized, {}, ValueError, ["conv2", "already parametrized by _WeightNorm", "remove"]),
-    "DataParallel": (lambda: DataParallel(tiny_net()), {}, ValueError, ["DataParallel", "apply first, wrap"]),
+    "DataParallel": (
+        lambda: DataParallel(tiny_net()),
+        {"mode": "parametrize"},
+        ValueError,
+        ["DataParallel", "apply first, wrap", "mode='inplace'"],
+    ),
     "DataParallel inside": (
         lambda: nn.Sequential(DataParallel(tiny_net())),
-        {},
+        {"mode": "parametrize"},
         ValueError,
         ["0 is wrapped in DataParallel"],
     ),
@@ -164,11 +169,17 @@ def process_group(tmp_path: Any) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_ddp_is_refused_around_and_works_afterwards() -> None:
+def test_ddp_is_refused_around_a_parametrization_taken_in_place_and_works_afterwards() -> None:
     wrapped = DistributedDataParallel(tiny_net())
     with pytest.raises(ValueError, match=r"the model is wrapped in DistributedDataParallel.*apply first, wrap"):
-        hbnn_plugin.apply(wrapped)
+        hbnn_plugin.apply(wrapped, mode="parametrize")
     assert not clusters(wrapped)
+    assert "because the model is wrapped in DistributedDataParallel" in repr(hbnn_plugin.plan(wrapped))
+    inside = hbnn_plugin.apply(wrapped)
+    reference = applied(mode="inplace")
+    train(reference, SGD(reference.parameters(), lr=0.1), 2)
+    train(inside, SGD(inside.parameters(), lr=0.1), 2)
+    assert same_state(state(inside.module), state(reference))
     reference, net = applied(), applied()
     parallel = DistributedDataParallel(net)
     train(reference, SGD(reference.parameters(), lr=0.1), 2)

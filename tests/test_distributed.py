@@ -48,10 +48,10 @@ class Tiny(nn.Module):
 
 
 def image_sets() -> tuple[Images, Images]:
-    """21 images make a last batch of 5, which two ranks cannot halve; 3 for testing leave ranks unequal too."""
+    """21 images make a last batch of 5, which two ranks cannot halve, nor the 15 for testing."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (24, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(3, (24,), generator=generator)
+    pixels = torch.randint(256, (36, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(3, (36,), generator=generator)
     mean, std = (0.5,) * 3, (0.25,) * 3
     return Images(pixels[:21], labels[:21], mean, std, shift=1, flip=True), Images(pixels[21:], labels[21:], mean, std)
 
@@ -155,7 +155,7 @@ def test_ranks_end_with_the_same_network_and_its_accuracy(ranks: Path) -> None:
     model = Tiny(True)
     hbnn_plugin.apply(model)
     model.load_state_dict(first["model"])
-    assert first["history"][-1]["test_accuracy"] == accuracy(model, image_sets()[1])
+    assert 0 < accuracy(model, image_sets()[1]) == first["history"][-1]["test_accuracy"]
 
 
 def test_ranks_killed_within_an_epoch_continue_to_the_same_end(ranks: Path) -> None:
