@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import hbnn_plugin
 from geoopt_loop import newton_schulz
-from hbnn_plugin.epc import exp_map
 from hbnn_plugin.cluster import find
+from hbnn_plugin.epc import exp_map
 from hbnn_plugin.spectral import orthogonal_factor
 
 
