@@ -19,6 +19,7 @@ from .sharding import whole
 __all__ = ["Parametrized"]
 
 _WATCHED_FORWARDS = 20
+_WATCHED_READS = 20
 _LATENT_MOVES_TO_WARN = 3
 
 
@@ -38,6 +39,8 @@ class Parametrized(EPC):
         super().__init__(weight, *args, **kwargs)
         self._bypass = False
         self._watch: tuple[int, int, float | None] = (_WATCHED_FORWARDS, 0, None)
+        self._reads_to_watch = _WATCHED_READS
+        self._last_read: tuple[Tensor, float] | None = None
 
     @property
     def registered(self) -> bool:
@@ -92,7 +95,10 @@ class Parametrized(EPC):
             self._watch_latent(latent)
         if self._bypass:
             return whole(latent)
-        return self.weight_of(latent)
+        weight = self.weight_of(latent)
+        if self._reads_to_watch and not torch.compiler.is_compiling() and type(latent) is nn.Parameter:
+            self._watch_edits(weight)
+        return weight
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The latent whose weight is ``weight``; outside the ball, its direction at the edge, with a warning."""
@@ -137,6 +143,24 @@ class Parametrized(EPC):
                 "or call hbnn_plugin.step_points(optimizer) right before its step.",
                 stacklevel=2,
             )
+
+    def _watch_edits(self, weight: Tensor) -> None:
+        """Warn once when somebody has written into the weight that the last read returned, where nobody sees it."""
+
+        def fingerprint(tensor: Tensor) -> float:
+            return float(tensor.double().sum().nan_to_num())
+
+        last, self._last_read = self._last_read, None
+        self._reads_to_watch -= 1
+        if last is not None and fingerprint(last[0]) != last[1]:
+            self._reads_to_watch = 0
+            warnings.warn(
+                f"{self.name}: something has written into its weight (such as weight.data.clamp_() after a step), and "
+                "under a parametrization that is lost. Apply with mode='inplace', which honours it.",
+                stacklevel=2,
+            )
+        if self._reads_to_watch:
+            self._last_read = weight.detach(), fingerprint(weight.detach())
 
 
 def _lists(module: nn.Module) -> nn.ModuleDict:

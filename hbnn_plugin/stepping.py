@@ -9,8 +9,8 @@ points' new places (Algorithm 1 of [HBNN], with the upstream gradient at hand).
 * Of nested steps (SAM, ZeroRedundancyOptimizer, a subclass that calls ``super().step()``) the innermost moves the
   point, once, at its own learning rate.
 * A step that raises, or that GradScaler skips, moves nothing.
-* In in-place mode (:mod:`hbnn_plugin.inplace`) the outermost step begins with the latents entering the hosts' weights
-  and ends, also when it raises, with their leaving. A closure sees the mapped weights.
+* In in-place mode (:mod:`hbnn_plugin.inplace`) the outermost step is framed: the latents enter the hosts' weights before
+  it and leave them after, also when it raises. A closure sees the mapped weights.
 """
 
 from __future__ import annotations
@@ -95,6 +95,9 @@ class PointStep:
         held = held_clusters(optimizer)
         self.clusters = [(epc, group) for epc, group in held if epc.settings.rule != "fixed"]
         self.swaps = [epc for epc, _ in held if isinstance(epc, InPlace) and not epc.swapped]
+        self.frames = (
+            0  # of this optimizer's step in progress, with in-place hosts: more than one inside super().step()
+        )
         self.pending: dict[int, _Pending] = {}
         self._evaluations = 0
 
@@ -119,10 +122,9 @@ class PointStep:
         return evaluate
 
     def enter(self) -> None:
-        """Let the latents into the weights of in-place hosts, where there is a gradient to step by."""
+        """Let the latents into the weights of in-place hosts."""
         for epc in self.swaps:
-            if epc.parameter.grad is not None:
-                epc.enter()
+            epc.enter()
 
     def leave(self) -> None:
         """Let the mapped weights back in."""
@@ -225,18 +227,18 @@ def _stack() -> list[PointStep]:
     return steps
 
 
+def _open_step(optimizer: Optimizer) -> PointStep | None:
+    return next((step for step in reversed(_stack()) if step.optimizer is optimizer), None)
+
+
 def _begin(optimizer: Optimizer, closure: object) -> PointStep | None:
     """Open the points' part of a step of ``optimizer``; None if it holds no latent."""
-    stack = _stack()
-    for depth, step in enumerate(stack):
-        if step.optimizer is optimizer:  # inside super().step(), or after a step that raised
-            if closure is None and step.holds_all():
-                del stack[depth + 1 :]
-                return step
-            for stale in stack[depth:]:
-                stale.leave()
-            del stack[depth:]
-            break
+    stack, step = _stack(), _open_step(optimizer)
+    if step is not None:  # inside super().step(), or after a step that raised
+        goes_on = step.frames > 0 or (closure is None and step.holds_all())
+        del stack[stack.index(step) + goes_on :]
+        if goes_on:
+            return step
     step = PointStep(optimizer)
     if not (step.clusters or step.swaps):
         return None
@@ -244,8 +246,7 @@ def _begin(optimizer: Optimizer, closure: object) -> PointStep | None:
         epc.hooked = True
     stack.append(step)
     if step.swaps:
-        _put_back_if_it_raises(optimizer)
-        step.enter()
+        _frame(optimizer)
     return step
 
 
@@ -260,7 +261,8 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     if step is None:
         return None
     if closure is None:
-        step.gather()
+        if not step.swaps:  # else within the frame, where the latents are in place
+            step.gather()
         return None
     if len(args) > 1:
         return (args[0], step.wrap(closure), *args[2:]), kwargs
@@ -268,43 +270,50 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    stack = _stack()
-    for depth in range(len(stack) - 1, -1, -1):
-        if stack[depth].optimizer is optimizer:
-            step = stack[depth]
-            del stack[depth:]
-            step.finish()
-            step.leave()
-            return
+    step = _open_step(optimizer)
+    if step is not None and not step.frames:
+        stack = _stack()
+        del stack[stack.index(step) :]
+        step.finish()
 
 
-def _put_back_if_it_raises(optimizer: Optimizer) -> None:
-    """A step that raises fires no hook: guard the step itself, in the closure cell from which torch's wrapper takes it.
+def _frame(optimizer: Optimizer) -> None:
+    """Frame this optimizer's step, in the closure cell from which torch's wrapper takes it.
 
-    The wrapper looks there after the hooks that run before a step, so this holds for the step in progress too, and for
-    every reference to the wrapper that somebody (a learning rate scheduler) has taken.
+    torch's hooks do not frame it: none runs after a step, or another hook, that raises, and the latents must leave the
+    hosts' weights then too. The wrapper looks into the cell after the hooks that run before a step, so that this holds
+    for the step in progress too, and for every reference to the wrapper that somebody (a scheduler) has taken.
     """
     for cls in type(optimizer).__mro__:
         wrapper = cls.__dict__.get("step")
         if wrapper is not None and getattr(wrapper, "hooked", False):
             cells = dict(zip(wrapper.__code__.co_freevars, wrapper.__closure__ or ()))
-            if "func" in cells and not hasattr(cells["func"].cell_contents, "puts_back"):
-                cells["func"].cell_contents = _putting_back(cells["func"].cell_contents)
+            if "func" in cells and not hasattr(cells["func"].cell_contents, "frames_latents"):
+                cells["func"].cell_contents = _framed(cells["func"].cell_contents)
 
 
-def _putting_back(step: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(step)
-    def guarded(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+def _framed(step_function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(step_function)
+    def framed(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        step = _open_step(optimizer)
+        if step is None or not step.swaps:
+            return step_function(optimizer, *args, **kwargs)
+        closure = args[0] if args else kwargs.get("closure")
+        step.frames += 1
         try:
-            return step(optimizer, *args, **kwargs)
-        except BaseException:
-            for one in _stack():
-                if one.optimizer is optimizer:
-                    one.leave()
-            raise
+            step.enter()
+            if closure is None and not step.holds_all():
+                step.gather()
+            result = step_function(optimizer, *args, **kwargs)
+            step.finish()
+        finally:
+            step.frames -= 1
+            if not step.frames:
+                step.leave()
+        return result
 
-    guarded.puts_back = True  # type: ignore[attr-defined]
-    return guarded
+    framed.frames_latents = True  # type: ignore[attr-defined]
+    return framed
 
 
 @functools.cache
