@@ -6,6 +6,7 @@ magnitude). The layer is run once on a small input and the weight argument of it
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .sharding import is_sharded, whole
 
-__all__ = ["binary_value", "convolved_weight", "is_two_valued", "pack_bits", "unpack_bits"]
+__all__ = ["binary_value", "convolved_weight", "edits_its_weight", "is_two_valued", "pack_bits", "unpack_bits"]
 
 _CONVOLUTIONS: frozenset[Callable[..., Any]] = frozenset(
     {
@@ -32,6 +33,8 @@ _CONVOLUTIONS: frozenset[Callable[..., Any]] = frozenset(
     }
 )
 
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
 
 class _Recorder(TorchFunctionMode):
     """Keeps the weight of every convolution and linear map that runs inside."""
@@ -39,12 +42,16 @@ class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.weights: list[Tensor] = []
+        self.assigned: list[Tensor] = []
+        """Tensors whose ``.data`` was assigned."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             self.weights.append(weight.detach())
+        elif func is _SET_DATA:
+            self.assigned.append(args[0])
         return func(*args, **kwargs)
 
 
@@ -81,36 +88,73 @@ def convolved_weight(
         weight: its weight, for dtype, device and size.
         evaluating: look in evaluation mode; else in the mode that the layer is in.
     """
-    before = weight.detach().clone()  # hosts there are that write into their weight's .data
+    recorder = _Recorder()
+    with _undisturbed(module, weight):
+        if evaluating:
+            for m in module.modules():
+                m.training = False
+        if not _runs(module, shape, weight, recorder):
+            return None
+    found = [w for w in recorder.weights if w.numel() == weight.numel()]
+    return found[0].clone() if found else None
+
+
+@torch.no_grad()
+def edits_its_weight(module: nn.Module, shape: tuple[int, ...], weight: Tensor) -> bool:
+    """Whether ``module.forward`` writes into its weight, or puts an attribute on it; everything is left as it was."""
+    if not isinstance(weight, nn.Parameter):
+        return False
+    recorder = _Recorder()
+    with _undisturbed(module, weight):
+        # Neither centred nor within any bounds, so that centring and clipping show.
+        generator = torch.Generator().manual_seed(0)
+        strange = (50 + 100 * torch.randn(weight.shape, generator=generator)).to(weight)
+        weight.data = strange
+        before, attributes = strange.clone(), set(vars(weight))
+        _runs(module, shape, weight, recorder)
+        moved = weight.data_ptr() != strange.data_ptr() or not torch.equal(weight, before)
+        return moved or any(tensor is weight for tensor in recorder.assigned) or set(vars(weight)) != attributes
+
+
+def _runs(module: nn.Module, shape: tuple[int, ...], weight: Tensor, recorder: _Recorder) -> bool:
+    try:
+        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []), recorder:
+            module.forward(_small_input(module, shape, weight))
+    except Exception:  # a host may want other inputs
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _undisturbed(module: nn.Module, weight: Tensor) -> Iterator[None]:
+    """Afterwards the module is as it was, whatever a forward inside has done to it."""
+    storage, before = weight.data, weight.detach().clone()  # hosts there are that write into their weight's .data
+    attributes = dict(vars(weight))
     # The layer gets copies of its buffers: the originals may be saved in a graph that waits for its backward.
-    kept = [(m, n, b) for m in _own_modules(module) for n, b in m._buffers.items() if b is not None]
+    buffers = [(m, n, b) for m in _own_modules(module) for n, b in m._buffers.items() if b is not None]
     sharded = [(m, n, p) for m in _own_modules(module) for n, p in m._parameters.items() if p is not None]
     sharded = [(m, n, p) for m, n, p in sharded if is_sharded(p)]
     modes = [(m, m.training) for m in module.modules()]
-    recorder = _Recorder()
     try:
-        if evaluating:
-            for m, _ in modes:
-                m.training = False
-        for owner, name, buffer in kept:
+        for owner, name, buffer in buffers:
             owner._buffers[name] = buffer.clone()
         for owner, name, parameter in sharded:
             owner._parameters[name] = nn.Parameter(whole(parameter), requires_grad=False)
-        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []), recorder:
-            module.forward(_small_input(module, shape, weight))
-    except Exception:  # a host may want other inputs; the caller falls back to the sign of the weight
-        return None
+        yield
     finally:
-        for owner, name, buffer in kept:
+        for owner, name, buffer in buffers:
             owner._buffers[name] = buffer
         for owner, name, parameter in sharded:
             owner._parameters[name] = parameter
         for m, mode in modes:
             m.training = mode
-        if weight.is_leaf and not torch.equal(weight, before):
-            weight.data.copy_(before)
-    found = [w for w in recorder.weights if w.numel() == weight.numel()]
-    return found[0].clone() if found else None
+        if weight.is_leaf:
+            if weight.data_ptr() != storage.data_ptr():
+                weight.data = storage
+            if not torch.equal(weight, before):
+                weight.data.copy_(before)
+            for name in set(vars(weight)) - set(attributes):
+                delattr(weight, name)
 
 
 def is_two_valued(weight: Tensor, unit_dims: tuple[int, ...] = (0,), tolerance: float = 1e-3) -> bool:

@@ -157,3 +157,9 @@ class InPlace(EPC):
         super()._apply(fn, recurse)
         self.latent = fn(latent)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        from .stepping import install  # noqa: PLC0415  # a whole model may be loaded where apply was never called
+
+        install()

@@ -81,17 +81,9 @@ def make_plan(model: nn.Module, settings: Settings, where: Predicate | None, mod
         raise ValueError(_nothing_selected(model, where))
     reason = None
     if mode is None:
-        reason = wrapper or _reason_for_inplace(layers)
+        reason = wrapper or reason_for_inplace(layers)
         mode = "inplace" if reason else "parametrize"
     return Plan(settings, tuple(layers), mode, reason)
-
-
-def _reason_for_inplace(layers: list[Selected]) -> str | None:
-    for layer in layers:
-        reason = reason_for_inplace(layer)
-        if reason:
-            return f"{layer.label} {reason}"
-    return None
 
 
 def check_model(model: nn.Module, mode: Mode | None = None) -> str | None:

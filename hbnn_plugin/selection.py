@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-__all__ = ["Predicate", "Selected", "binary_convolutions", "by_class", "by_name", "own_class", "select"]
+__all__ = ["LIBRARIES", "Predicate", "Selected", "binary_convolutions", "by_class", "by_name", "own_class", "select"]
 
 Predicate = Callable[[nn.Module, str], bool]
 
-_LIBRARIES = frozenset(
+LIBRARIES = frozenset(
     """
     torch torchvision torchao timm peft transformers diffusers detectron2 mmcv mmengine mmdet mmseg loralib geoopt
     lightning pytorch_lightning accelerate monai kornia fastai segmentation_models_pytorch brevitas
@@ -58,7 +58,7 @@ def binary_convolutions(module: nn.Module, name: str) -> bool:
     class of the host's own whose forward calls a convolution with a parameter of its own (also one stored flat).
     """
     cls = own_class(module)
-    if cls.__module__.split(".")[0] in _LIBRARIES:
+    if cls.__module__.split(".")[0] in LIBRARIES:
         return False
     if (
         cls.__module__ == "hbnn_plugin.binarize" and cls.__name__ == "SignConv2d"
@@ -111,7 +111,7 @@ def own_class(module: nn.Module) -> type:
 def _calls_convolution(cls: type) -> bool:
     """Whether a method that the class (or a base of the host's own) defines mentions a convolution function."""
     for base in cls.__mro__:
-        if base.__module__.split(".")[0] in _LIBRARIES:
+        if base.__module__.split(".")[0] in LIBRARIES:
             continue
         for method in vars(base).values():
             code = getattr(method, "__code__", None)

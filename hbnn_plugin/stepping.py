@@ -9,7 +9,7 @@ points' new places (Algorithm 1 of [HBNN], with the upstream gradient at hand).
 * Of nested steps (SAM, ZeroRedundancyOptimizer, a subclass that calls ``super().step()``) the innermost moves the
   point, once, at its own learning rate.
 * A step that raises, or that GradScaler skips, moves nothing.
-* In in-place mode (:mod:`hbnn_plugin.inplace`) the outermost step is framed: the latents enter the hosts' weights before
+* In in-place mode (:mod:`hbnn_plugin.inplace`) the outermost step is framed: latents enter the hosts' weights before
   it and leave them after, also when it raises. A closure sees the mapped weights.
 """
 
