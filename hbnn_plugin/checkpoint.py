@@ -1,4 +1,4 @@
-"""Checkpoints of plain and of applied models, each loadable into the other.
+"""Checkpoints of plain and of applied models, each loadable into the other; between the modes by way of a plain one.
 
 An applied layer's keys are ``<layer>.parametrizations.<tensor>.original`` (the latent) and ``...<tensor>.0.*`` (the
 cluster); in in-place mode the host's own, and ``<layer>.<tensor>_epc.*`` (the cluster, with the latent). Load hooks let

@@ -49,7 +49,7 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            self.weights.append(weight.detach())
+            self.weights.append(weight.detach().clone())  # its host may put other values there
         elif func is _SET_DATA:
             self.assigned.append(args[0])
         return func(*args, **kwargs)
@@ -96,7 +96,7 @@ def convolved_weight(
         if not _runs(module, shape, weight, recorder):
             return None
     found = [w for w in recorder.weights if w.numel() == weight.numel()]
-    return found[0].clone() if found else None
+    return found[0] if found else None
 
 
 @torch.no_grad()
@@ -111,6 +111,8 @@ def edits_its_weight(module: nn.Module, shape: tuple[int, ...], weight: Tensor) 
         strange = (50 + 100 * torch.randn(weight.shape, generator=generator)).to(weight)
         weight.data = strange
         before, attributes = strange.clone(), set(vars(weight))
+        for m in module.modules():
+            m.training = True
         _runs(module, shape, weight, recorder)
         moved = weight.data_ptr() != strange.data_ptr() or not torch.equal(weight, before)
         return moved or any(tensor is weight for tensor in recorder.assigned) or set(vars(weight)) != attributes
