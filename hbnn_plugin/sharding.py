@@ -22,7 +22,9 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, in shards as ``like`` is."""
     if not is_sharded(like):
         return tensor
-    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415  # where torch is built with it
-
+    try:  # here, since not every torch is built with it
+        from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
+    except ImportError:  # torch < 2.5
+        from torch.distributed._tensor import distribute_tensor  # type: ignore[attr-defined]  # noqa: PLC0415
     shared: Tensor = distribute_tensor(tensor, like.device_mesh, like.placements)  # type: ignore[attr-defined]
     return shared

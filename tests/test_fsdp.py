@@ -35,8 +35,10 @@ def result(net: TinyNet) -> dict[str, torch.Tensor]:
 
 
 def sharded(options: dict[str, str]) -> TinyNet:
-    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
-
+    try:
+        from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+    except ImportError:  # torch < 2.6
+        from torch.distributed._composable.fsdp import fully_shard  # noqa: PLC0415
     net = hbnn_plugin.apply(tiny_net(IrConv, dtype=torch.float64), **options)
     for layer in (net.conv1, net.conv2):
         fully_shard(layer)
