@@ -24,6 +24,7 @@ def line(run: Run, accuracy: float) -> dict[str, Any]:
     return {
         "config": json.loads(json.dumps(run.config)),
         "accuracy": [accuracy * (epoch + 1) / epochs for epoch in range(epochs)],
+        "train_loss": [2.0] * epochs,
         "flip_ratio": [0.3] * epochs,
         "flip_ratios": {layer: [0.3] * epochs for layer in LAYERS},
         "oscillation": [0.1] * epochs,

@@ -43,8 +43,8 @@ def comparison_table(study: Study, lines: Lines) -> str:
     """Test accuracy of every arm, and its paired difference from the bare host."""
     rows = [
         "| task, host | arm | lr, decay | test accuracy, % (seeds) | − bare, points | 95 % t interval | "
-        "95 % bootstrap | seeds that would decide | flipped | oscillating late | reach |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "95 % bootstrap | seeds that would decide | training loss | flipped | oscillating late | reach |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in study.cases:
         rows += [_line([str(case), arm, *_cells(study, case, arm, lines)]) for arm in study.arms]
@@ -59,16 +59,17 @@ def _cells(study: Study, case: Case, arm: str, lines: Lines) -> list[str]:
     best, found = study.tuned(case, arm, lines), accuracies(study, case, arm, lines)
     setting = f"{best[0]:g}, {best[1]:g}" if best else "not tuned yet"
     if not found:
-        return [setting, *[""] * 8]
+        return [setting, *[""] * 9]
     spread = f" ± {statistics.stdev(found.values()):.2f}" if len(found) > 1 else ""
     accuracy = f"{statistics.mean(found.values()):.2f}{spread} ({len(found)})"
     cells = [setting, accuracy, *_difference_cells(difference(study, case, arm, lines))]
     done = finished(study, case, arm, lines)
     if not done:
-        return [*cells, "", "", ""]
+        return [*cells, "", "", "", ""]
     reach = [line["reach"] for line in done if "reach" in line]
     return [
         *cells,
+        f"{statistics.mean(line['train_loss'][-1] for line in done):.3f}",
         f"{100 * statistics.mean(line['flip_ratio'][-1] for line in done):.1f} %",
         f"{100 * statistics.mean(map(_late_oscillation, done)):.2f} %",
         f"{statistics.mean(reach):.3f}" if reach else "",
