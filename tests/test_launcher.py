@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ from torch import nn
 
 class BinaryConv(nn.Conv2d):
     def forward(self, x):
-        return F.conv2d(x, (self.weight.sign() - self.weight).detach() + self.weight)
+        return F.conv2d(x, (self.weight.sign() - self.weight).detach() + self.weight, self.bias)
 """
 
 DDP = (
@@ -112,14 +113,26 @@ def test_a_module_with_relative_imports(folder: Path) -> None:
 
 def test_an_interrupt_is_the_scripts_own_and_the_report_is_written(folder: Path) -> None:
     command = [sys.executable, "-m", "hbnn_plugin", "--report", "report", "train.py", "--end", "never"]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A shell's background jobs ignore interrupts, and their children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed,  # noqa: PLW1509
+    ) as process:
         deadline = time.monotonic() + 240
         while not (folder / "last.pth").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=240)
+        try:
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert "KeyboardInterrupt" in errors
     assert process.returncode in (-signal.SIGINT, 130)
     assert (folder / "report" / "flips.txt").exists()

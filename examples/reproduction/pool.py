@@ -58,7 +58,7 @@ def run_missing(comparison: Comparison, data: Path, ledger_path: Path, folder: P
     """Run until nothing is missing, ``jobs`` at a time; every finished run is a line at once."""
     lines = ledger.read(ledger_path)
     context = multiprocessing.get_context("spawn")
-    epochs = context.Manager().Queue()
+    epochs = context.SimpleQueue()
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(epochs, os.getpid()))
     with pool, tqdm(total=comparison.epochs_left(Lines(lines)), unit="epoch", dynamic_ncols=True) as bar:
         running: dict[Future[dict[str, Any]], Run] = {}
