@@ -91,13 +91,14 @@ class Parametrized(EPC):
 
     def forward(self, latent: Tensor) -> Tensor:
         """The weight exp_p(v): shape and dtype of the latent."""
-        if self.training and not torch.compiler.is_compiling() and self._watch[0]:
-            self._watch_latent(latent)
         if self._bypass:
             return whole(latent)
         weight = self.weight_of(latent)
-        if self._reads_to_watch and not torch.compiler.is_compiling() and type(latent) is nn.Parameter:
-            self._watch_edits(weight)
+        if not torch.compiler.is_compiling() and type(latent) is nn.Parameter:  # a compiler would guard on the counters
+            if self.training and self._watch[0]:
+                self._watch_latent(latent)
+            if self._reads_to_watch:
+                self._watch_edits(weight)
         return weight
 
     def right_inverse(self, weight: Tensor) -> Tensor:
