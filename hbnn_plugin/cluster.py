@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .ball import MARGIN
-from .epc import combine, exp_map, inner, log_map, mobius_scale, scalar_dtype, working_dtype
+from .epc import exp_map, log_map, mobius_scale
+from .passes import combine, inner, scalar_dtype, working_dtype
 from .scalars import Radius
 from .settings import Settings
 from .sharding import whole
@@ -103,6 +104,7 @@ class EPC(nn.Module):
         self.moves = 0
         self.hooked = False  # whether an optimizer that fires torch's step hooks holds the latent
         self.reference_is_stale = False
+        self.loaded_weight: Tensor | None = None  # with its latent, from a checkpoint of in-place mode
         w = self.logical(weight.detach()).to(working_dtype(weight.dtype))
         per_point = inner(w, w, self.dims)
         self.register_buffer("point", torch.zeros_like(w))

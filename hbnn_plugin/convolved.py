@@ -7,13 +7,15 @@ magnitude). The layer is run once on a small input and the weight argument of it
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from .sharding import is_sharded, whole
@@ -34,6 +36,7 @@ _CONVOLUTIONS: frozenset[Callable[..., Any]] = frozenset(
 )
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_MODULE_STATE = frozenset(vars(nn.Module()))
 
 
 class _Recorder(TorchFunctionMode):
@@ -129,25 +132,28 @@ def _runs(module: nn.Module, shape: tuple[int, ...], weight: Tensor, recorder: _
 
 @contextlib.contextmanager
 def _undisturbed(module: nn.Module, weight: Tensor) -> Iterator[None]:
-    """Afterwards the module is as it was, whatever a forward inside has done to it."""
+    """Afterwards the module is as it was, whatever a forward inside has done to it.
+
+    Inside it has copies of its buffers, of its parameters other than the weight, and of the tensors and containers that
+    are plain attributes of it: the originals may be saved in a graph that waits for its backward.
+    """
     storage, before = weight.data, weight.detach().clone()  # hosts there are that write into their weight's .data
     attributes = dict(vars(weight))
-    # The layer gets copies of its buffers: the originals may be saved in a graph that waits for its backward.
-    buffers = [(m, n, b) for m in _own_modules(module) for n, b in m._buffers.items() if b is not None]
-    sharded = [(m, n, p) for m in _own_modules(module) for n, p in m._parameters.items() if p is not None]
-    sharded = [(m, n, p) for m, n, p in sharded if is_sharded(p)]
+    kept = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in _own_modules(module)]
     modes = [(m, m.training) for m in module.modules()]
     try:
-        for owner, name, buffer in buffers:
-            owner._buffers[name] = buffer.clone()
-        for owner, name, parameter in sharded:
-            owner._parameters[name] = nn.Parameter(whole(parameter), requires_grad=False)
+        for m, plain, parameters, buffers in kept:
+            m._buffers.update({name: b.clone() for name, b in buffers.items() if b is not None})
+            for name, p in parameters.items():
+                if p is not None and (p is not weight or is_sharded(p)) and not is_lazy(p):
+                    m._parameters[name] = nn.Parameter(whole(p).clone(), requires_grad=p.requires_grad)
+            vars(m).update({name: _copy(value) for name, value in plain.items() if name not in _MODULE_STATE})
         yield
     finally:
-        for owner, name, buffer in buffers:
-            owner._buffers[name] = buffer
-        for owner, name, parameter in sharded:
-            owner._parameters[name] = parameter
+        for m, plain, parameters, buffers in kept:
+            _reset(vars(m), plain)
+            _reset(m._parameters, parameters)
+            _reset(m._buffers, buffers)
         for m, mode in modes:
             m.training = mode
         if weight.is_leaf:
@@ -157,6 +163,18 @@ def _undisturbed(module: nn.Module, weight: Tensor) -> Iterator[None]:
                 weight.data.copy_(before)
             for name in set(vars(weight)) - set(attributes):
                 delattr(weight, name)
+
+
+def _reset(now: MutableMapping[str, Any], then: Mapping[str, Any]) -> None:
+    for name in set(now) - set(then):
+        del now[name]
+    now.update(then)
+
+
+def _copy(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return copy.copy(value) if isinstance(value, (list, dict, set)) else value
 
 
 def is_two_valued(weight: Tensor, unit_dims: tuple[int, ...] = (0,), tolerance: float = 1e-3) -> bool:

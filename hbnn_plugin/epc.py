@@ -1,7 +1,7 @@
 r"""The exponential parametrization cluster (EPC, [HBNN] Eq. 6) on weight tensors: x = exp_p(v), and its inverse.
 
 :mod:`hbnn_plugin.ball` and :mod:`hbnn_plugin.sphere` reduce the map to x = αp + βv with one α and one β a point. What
-is left are passes over the weights, and this file is about making few of them:
+is left are passes over the weights (:mod:`hbnn_plugin.passes`), and this file is about making few of them:
 
 * forward: three inner products, one combination.
 * backward, with a = ⟨G,p⟩ and b = ⟨G,v⟩ for G = ∂L/∂x:
@@ -14,53 +14,42 @@ plain torch ops, which those tools fuse themselves.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ball
+from .passes import Dims, combine, inner, working_dtype
 from .scalars import Radius, Slopes, Space
 
-__all__ = ["combine", "exp_map", "inner", "log_map", "mobius_add", "mobius_scale", "scalar_dtype", "working_dtype"]
-
-Dims = tuple[int, ...]
+__all__ = ["Map", "Prepared", "exp_map", "exp_map_prepared", "log_map", "mobius_add", "mobius_scale", "prepare"]
 
 
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 or better: in half precision a point at the margin has no digits left for its distance to the edge."""
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+class Map(NamedTuple):
+    """One tensor's map. ``point`` and ``latent`` are of one shape and one dtype, float32 or better."""
+
+    point: Tensor
+    latent: Tensor
+    radius: Radius
+    dims: Dims
 
 
-def scalar_dtype(device: torch.device) -> torch.dtype:
-    """float64 for what is one number a point, but on Apple's GPUs, which have none."""
-    return torch.float32 if device.type == "mps" else torch.float64
+class Prepared(NamedTuple):
+    """What a map needs beside its vectors."""
+
+    scalars: Tensor
+    """(9, ...), size 1 in the map's dims: the eight of :class:`Slopes`, and the taming of v."""
+    careful: bool
+    """Whether v has to be tamed."""
+    out: Tensor
+    """Memory for the result."""
 
 
-def inner(x: Tensor, y: Tensor, dims: Dims, exact: bool = False) -> Tensor:
-    """⟨x, y⟩ over ``dims`` (kept with size 1) as float64, summed in the tensors' dtype or, if ``exact``, in float64."""
-    wide = scalar_dtype(x.device)
-    if exact:
-        x, y = x.to(wide), y.to(wide)
-    # Not vector_norm: on a CPU it sums sequentially and loses four digits over a layer of 2 million float32 weights.
-    return (x * y).sum(dims, keepdim=True).to(wide)
-
-
-def _gram(p: Tensor, v: Tensor, dims: Dims, exact: bool) -> Tensor:
+def _gram(p: Tensor, v: Tensor, dims: Dims, *, exact: bool = False, scratch: Tensor | None = None) -> Tensor:
     """⟨p,p⟩, ⟨v,v⟩ and ⟨p,v⟩, stacked."""
-    return torch.stack([inner(x, y, dims, exact) for x, y in ((p, p), (v, v), (p, v))])
-
-
-def combine(coefficients: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> Tensor:
-    """Σ c_i x_i, one coefficient a point, in the vectors' dtype."""
-    dtype = vectors[0].dtype
-    result = coefficients[0].to(dtype) * vectors[0]
-    for coefficient, vector in zip(coefficients[1:], vectors[1:]):
-        if torch.is_grad_enabled():  # autograd or functorch watches: no writing over what it may have kept
-            result = torch.addcmul(result, coefficient.to(dtype), vector)
-        else:
-            result.addcmul_(coefficient.to(dtype), vector)
-    return result
+    return torch.stack([inner(x, y, dims, exact=exact, scratch=scratch) for x, y in ((p, p), (v, v), (p, v))])
 
 
 def _taming(v: Tensor, dims: Dims) -> Tensor:
@@ -72,69 +61,97 @@ def _taming(v: Tensor, dims: Dims) -> Tensor:
     return (limit / v.detach().abs().amax(dims, keepdim=True)).clamp(max=1.0)
 
 
+@torch.no_grad()
+def prepare(maps: Sequence[Map], space: Space) -> list[Prepared]:
+    """The scalars of several maps on one device, worked out together."""
+    outs = [torch.empty_like(m.latent) for m in maps]
+    careful = True
+    if outs[0].is_cpu:  # a CPU looks whether care is needed; elsewhere looking would cost a synchronisation
+        grams = [_gram(m.point, m.latent, m.dims, scratch=out) for m, out in zip(maps, outs)]
+        gram, radii = _joined(grams), _radii(maps, grams)
+        taming = torch.ones_like(gram[0])
+        careful = not bool(((gram.abs() < 1e200) & ~space.delicate(gram[0], radii)).all())
+    if careful:
+        tamings = [_taming(m.latent, m.dims) for m in maps]
+        grams = [_gram(m.point, m.latent * t, m.dims, exact=True) for m, t in zip(maps, tamings)]
+        gram, radii = _joined(grams), _radii(maps, grams)
+        taming = torch.cat([t.flatten() for t in tamings]).to(gram)
+    scalars = torch.stack([*space.exp_slopes(*gram, radii), taming])
+    parts = scalars.split([g[0].numel() for g in grams], dim=1)
+    return [Prepared(part.reshape(-1, *g.shape[1:]), careful, out) for part, g, out in zip(parts, grams, outs)]
+
+
+def _joined(scalars: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten(1) for t in scalars], dim=1)
+
+
+def _radii(maps: Sequence[Map], grams: Sequence[Tensor]) -> Tensor:
+    wide = [torch.as_tensor(m.radius, dtype=g.dtype, device=g.device) for m, g in zip(maps, grams)]
+    return torch.cat([radius.expand(g.shape[1:]).flatten() for radius, g in zip(wide, grams)])
+
+
 class _Exp(torch.autograd.Function):
     """x = αp + βv with the closed-form backward; differentiable twice, and over vmap."""
 
     @staticmethod
-    def forward(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> tuple[Tensor, Tensor, bool]:
-        careful = not v.is_cpu  # a CPU looks whether care is needed; elsewhere looking would cost a synchronisation
-        if not careful:
-            gram = _gram(p, v, dims, exact=False)
-            taming = torch.ones_like(gram[0])
-            careful = not bool(((gram.abs() < 1e200) & ~space.delicate(gram[0], r)).all())
+    def forward(
+        p: Tensor, v: Tensor, prepared: Prepared | None, r: Radius, space: Space, dims: Dims
+    ) -> tuple[Tensor, Tensor, bool]:
+        scalars, careful, out = prepared or prepare([Map(p, v, r, dims)], space)[0]
         if careful:
-            taming = _taming(v, dims).to(scalar_dtype(v.device))
-            v = v * taming.to(v.dtype)
-            gram = _gram(p, v, dims, exact=True)
-        slopes = space.exp_slopes(gram[0], gram[1], gram[2], r)
-        return combine((slopes.alpha, slopes.beta), (p, v)), torch.stack([*slopes, taming]), careful
+            v = v * scalars[8].to(v.dtype)
+        return combine(scalars[:2].unbind(), (p, v), out=out), scalars, careful
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, bool]) -> None:
-        p, v, ctx.r, ctx.space, ctx.dims = inputs
+        p, v, _, ctx.r, ctx.space, ctx.dims = inputs
         ctx.careful = output[2]
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(p, v, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         p, v, scalars = ctx.saved_tensors
         dims, (*slopes, taming) = ctx.dims, scalars.unbind()
         if ctx.careful:
             v = v * taming.to(v.dtype)
         k = Slopes(*slopes)
+        spare = None
         if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see how the scalars arise
-            gram = _gram(p, v, dims, exact=True)
-            k = ctx.space.exp_slopes(gram[0], gram[1], gram[2], ctx.r)
-        a, b = inner(grad, p, dims), inner(grad, v, dims)
+            k = ctx.space.exp_slopes(*_gram(p, v, dims, exact=True), ctx.r)
+        else:
+            spare = torch.empty_like(v)  # becomes a gradient in the end
+        a, b = inner(grad, p, dims, scratch=spare), inner(grad, v, dims, scratch=spare)
         cross = a * k.alpha_q + b * k.beta_q
         grad_p = grad_v = None
-        if ctx.needs_input_grad[0]:
-            grad_p = combine((k.alpha, 2 * (a * k.alpha_p + b * k.beta_p), cross), (grad, p, v))
         if ctx.needs_input_grad[1]:
             own = 2 * (a * k.alpha_v + b * k.beta_v)
-            grad_v = combine((taming * k.beta, taming * own, taming * cross), (grad, v, p))
-        return grad_p, grad_v, None, None, None
+            grad_v = combine((taming * k.beta, taming * own, taming * cross), (grad, v, p), out=spare)
+            spare = None
+        if ctx.needs_input_grad[0]:
+            grad_p = combine((k.alpha, 2 * (a * k.alpha_p + b * k.beta_p), cross), (grad, p, v), out=spare)
+        return grad_p, grad_v, None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Any:
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], p: Tensor, v: Tensor, _: None, r: Radius, space: Space, dims: Dims
+    ) -> Any:
         # One more batch dimension in front is to the formula what more points are.
         p, v = (
             x.movedim(d, 0) if d is not None else x.unsqueeze(0).expand(info.batch_size, *x.shape)
             for x, d in zip((p, v), in_dims)
         )
-        if isinstance(r, Tensor) and in_dims[2] is not None:
-            r = r.movedim(in_dims[2], 0)
+        if isinstance(r, Tensor) and in_dims[3] is not None:
+            r = r.movedim(in_dims[3], 0)
             r = r.reshape(r.shape[:1] + (1,) * (v.ndim - r.ndim) + r.shape[1:])
         shifted = tuple(d + 1 if d >= 0 else d for d in dims)
-        return _Exp.apply(p, v, r, space, shifted), (0, 1, None)  # type: ignore[no-untyped-call]
+        return _Exp.apply(p, v, None, r, space, shifted), (0, 1, None)  # type: ignore[no-untyped-call]
 
 
 def _exp_plain(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Tensor:
     """The same map in plain torch ops, for tools that trace."""
     v = v * _taming(v, dims)
-    gram = _gram(p, v, dims, exact=True)  # costs nothing where the compiler fuses it
-    alpha, beta = space.exp(gram[0], gram[1], gram[2], r)
+    alpha, beta = space.exp(*_gram(p, v, dims, exact=True), r)  # exact costs nothing where the compiler fuses it
     return combine((alpha, beta), (p, v))
 
 
@@ -155,8 +172,14 @@ def exp_map(p: Tensor, v: Tensor, radius: Radius, space: Space = ball, dims: Dim
     p_work, v_work = torch.broadcast_tensors(p.to(dtype), v.to(dtype))
     if torch.compiler.is_compiling():
         return _exp_plain(p_work, v_work, radius, space, dims).to(v.dtype)
-    x: Tensor = _Exp.apply(p_work, v_work, radius, space, dims)[0]  # type: ignore[no-untyped-call]
+    x: Tensor = _Exp.apply(p_work, v_work, None, radius, space, dims)[0]  # type: ignore[no-untyped-call]
     return x.to(v.dtype)
+
+
+def exp_map_prepared(of: Map, prepared: Prepared, space: Space) -> Tensor:
+    """:func:`exp_map` of a map for which :func:`prepare` was called, and whose vectors are the same still."""
+    x: Tensor = _Exp.apply(of.point, of.latent, prepared, of.radius, space, of.dims)[0]  # type: ignore[no-untyped-call]
+    return x
 
 
 def log_map(p: Tensor, x: Tensor, radius: Radius, space: Space = ball, dims: Dims = (-1,)) -> Tensor:

@@ -7,10 +7,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from .batching import remove_batching
 from .binarize import fuse_binarized
-from .checkpoint import remove_hooks
 from .cluster import EPC
 from .flips import applied_layers
+from .loading import remove_hooks
 from .sharding import is_sharded
 
 __all__ = ["fuse"]
@@ -50,5 +51,6 @@ def fuse(model: M) -> M:
     for epc, tied in places.items():
         epc.detach_from(tied)
     remove_hooks(model)
+    remove_batching(model)
     fuse_binarized(model)
     return model

@@ -1,8 +1,8 @@
 """What host code does to its weight behind autograd's back, and a parametrization would lose.
 
-Old binary codebases assign ``self.weight.data`` in every forward, keep ``weight.org``, or hand the Parameter to an
-object that swaps its values around each step. Under a parametrization the weight is computed anew at every read, and
-such edits land in a tensor that nobody sees again; in in-place mode they work as ever.
+Old binary codebases assign ``self.weight.data`` in every forward, keep ``weight.org``, look at ``weight.grad``, or let
+their trainer swap real and binary values around each step. Under a parametrization the weight is computed anew at every
+read, has no gradient, and such edits land in a tensor that nobody sees again; in in-place mode they work as ever.
 """
 
 from __future__ import annotations
@@ -11,33 +11,58 @@ import gc
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .convolved import edits_its_weight
-from .selection import LIBRARIES, Selected
+from .convolved import convolved_weight, edits_its_weight, is_two_valued
+from .selection import LIBRARIES, Selected, names_in_methods, own_class
 
-__all__ = ["reason_for_inplace"]
+__all__ = ["held_elsewhere", "reason_for_inplace"]
 
 _CONTAINERS = (list, tuple, dict, set)
 _NESTED = 4
 """How deep in containers a weight is looked for, an object's ``__dict__`` being one."""
 
 
-def reason_for_inplace(layers: Sequence[Selected]) -> str | None:
-    """Why some layer needs in-place mode; None if none of them does."""
+def reason_for_inplace(layers: Sequence[Selected], binarized_later: bool = False) -> str | None:
+    """Why some layer needs in-place mode; None if none of them does.
+
+    ``binarized_later``: the layers are of a full-precision model that is about to be binarized.
+    """
     for layer in layers:
         attributes = sorted(vars(layer.weight)) if isinstance(layer.weight, nn.Parameter) else []
         if attributes:
             return f"{layer.label} keeps .{attributes[0]} on its weight"
         if edits_its_weight(layer.module, layer.shape, layer.weight):
             return f"{layer.label} edits its weight in its forward"
-    return _held_elsewhere(layers)
+        if "grad" in names_in_methods(own_class(layer.module)):
+            return f"{layer.label} looks at a .grad in its methods"
+    for label, owner in held_elsewhere(layers).items():
+        return f"{label} has its weight held by a {owner} too"
+    if not binarized_later:
+        for layer in layers:
+            if _convolves_as_it_is(layer):
+                return f"{layer.label} convolves with its weight as it is, so that your trainer has to make it binary"
+    return None
 
 
-def _held_elsewhere(layers: Sequence[Selected]) -> str | None:
-    """Whether an object of the user's own, neither a module nor an optimizer, holds one of the weights."""
-    labels = {id(layer.weight): layer.label for layer in layers}
+def _convolves_as_it_is(layer: Selected) -> bool:
+    """Whether the forward takes a weight of many values as it is, so that nobody but the trainer can make it binary."""
+    convolved = convolved_weight(layer.module, layer.shape, layer.weight)
+    if convolved is None or not torch.equal(convolved.flatten(), layer.weight.detach().flatten()):
+        return False
+    return not is_two_valued(convolved.reshape(layer.shape), layer.unit_dims)
+
+
+def held_elsewhere(layers: Sequence[Selected]) -> dict[str, str]:
+    """Layer → class of an object of the user's own, neither a module nor an optimizer, that holds its weight."""
+    if not layers:
+        return {}
+    labels: dict[int, set[str]] = {}
+    for layer in layers:
+        labels.setdefault(id(layer.weight), set()).add(layer.label)
+    owners: dict[str, str] = {}
     level: list[Any] = [layer.weight for layer in layers]
     ours = {id(level), id(labels), id(layers)}
     for _ in range(_NESTED):
@@ -46,18 +71,16 @@ def _held_elsewhere(layers: Sequence[Selected]) -> str | None:
         found: list[Any] = []
         ours.add(id(found))
         for referrer in referrers:
-            label = next((labels[id(r)] for r in gc.get_referents(referrer) if id(r) in labels), None)
-            if label is None:
-                continue
-            if isinstance(referrer, _CONTAINERS) and not isinstance(referrer, Selected):
-                labels[id(referrer)] = label
+            held = set().union(*(labels.get(id(r), ()) for r in gc.get_referents(referrer)))
+            if held and isinstance(referrer, _CONTAINERS) and not isinstance(referrer, Selected):
+                labels[id(referrer)] = held
                 found.append(referrer)
-            elif _is_foreign(referrer):
-                return f"{label} has its weight held by a {type(referrer).__name__} too"
+            elif held and _is_foreign(referrer):
+                owners.update(dict.fromkeys(held, type(referrer).__name__))
         level = found
         if not level:
             break
-    return None
+    return {layer.label: owners[layer.label] for layer in layers if layer.label in owners}
 
 
 def _is_foreign(owner: object) -> bool:

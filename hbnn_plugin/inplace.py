@@ -15,11 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from .cluster import EPC, INPLACE_SUFFIX
+from .sharding import sharded_like, whole
 
-__all__ = ["InPlace"]
+__all__ = ["InPlace", "edited"]
 
 _SAME = 8.0
 """A weight within so many roundings of the mapped one is the mapped one: computed elsewhere it rounds otherwise."""
+
+
+def edited(weight: Tensor, mapped: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """One bool a point: whether its weights are not the mapped ones. A NaN is an edit too."""
+    apart, size = ((weight - mapped).abs().amax(dims, keepdim=True), mapped.abs().amax(dims, keepdim=True))
+    return ~(apart <= _SAME * torch.finfo(weight.dtype).eps * size)
 
 
 class InPlace(EPC):
@@ -73,7 +80,7 @@ class InPlace(EPC):
         weight = state_dict.get(prefix + tensor_name)
         if weight is None or inside + "latent" in state_dict or tuple(weight.shape) != tuple(self.parameter.shape):
             return
-        weight = weight.detach().to(self.parameter.device)
+        weight = weight.detach()
         fresh = InPlace(weight, self.settings, shape=self.shape, unit_dims=self.unit_dims, name=self.name)
         state_dict.update(fresh.state_dict(prefix=inside))
         self.reference_is_stale = True
@@ -81,19 +88,15 @@ class InPlace(EPC):
     @torch.no_grad()
     def honour_edits(self) -> None:
         """Take what the host did to its weight into the latent, through the inverse map, and only where it did."""
-        weight = self.logical(self.parameter.detach())
+        weight = self.logical(whole(self.parameter.detach()))
         mapped = self.logical(self.weight_of(self.latent))
-        apart, size = (
-            (weight - mapped).abs().amax(self.dims, keepdim=True),
-            mapped.abs().amax(self.dims, keepdim=True),
-        )
-        edited = ~(apart <= _SAME * torch.finfo(weight.dtype).eps * size)  # one bool a point; a NaN is an edit too
-        if not bool(edited.any()):
+        changed = edited(weight, mapped, self.dims)
+        if not bool(changed.any()):
             return
         finite = weight.isfinite().all(self.dims, keepdim=True) if self.dims else weight.isfinite()
-        inverse, outside = self.latent_of(torch.where(edited & finite, weight, mapped))
+        inverse, outside = self.latent_of(torch.where(changed & finite, weight, self.point.to(weight.dtype)))
         latent = torch.where(finite, self.logical(inverse), weight)  # not finite: let it be seen, as in the bare host
-        self.latent.copy_(torch.where(edited, latent, self.logical(self.latent)).reshape(self.latent.shape))
+        self.latent.copy_(torch.where(changed, latent, self.logical(self.latent)).reshape(self.latent.shape))
         if outside and not self._warned and self.settings.space == "ball":
             self._warned = True
             warnings.warn(
@@ -112,8 +115,8 @@ class InPlace(EPC):
         weight = self.parameter
         if weight.grad is not None:
             self._upstream = weight.grad
-            weight.grad = self._pull_back(weight.grad)
-        weight.copy_(self.latent)
+            weight.grad = sharded_like(self._pull_back(whole(weight.grad)), weight)
+        weight.copy_(sharded_like(self.latent, weight))
         self.swapped = True
 
     @torch.no_grad()
@@ -122,10 +125,10 @@ class InPlace(EPC):
         if not self.swapped:
             return
         weight = self.parameter
-        self.latent.copy_(weight)
-        weight.copy_(self.weight_of(self.latent))
+        self.latent.copy_(whole(weight))
+        weight.copy_(sharded_like(self.weight_of(self.latent), weight))
         if weight.grad is not None and self._upstream is not None:
-            if not bool(weight.grad.any()):  # the step has cleared it
+            if not bool(whole(weight.grad).any()):  # the step has cleared it
                 self._upstream.zero_()
             weight.grad = self._upstream
         self._upstream = None
@@ -137,7 +140,7 @@ class InPlace(EPC):
         weight = self.parameter
         with torch.no_grad():
             before = weight.clone()
-            weight.copy_(self.latent)
+            weight.copy_(sharded_like(self.latent, weight))
         try:
             yield
         finally:

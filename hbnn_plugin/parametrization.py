@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .cluster import EPC
+from .cluster import EPC, find
+from .epc import Map, Prepared, exp_map_prepared
 from .sharding import whole
 
 __all__ = ["Parametrized"]
@@ -38,6 +39,7 @@ class Parametrized(EPC):
     def __init__(self, weight: Tensor, *args: Any, **kwargs: Any) -> None:
         super().__init__(weight, *args, **kwargs)
         self._bypass = False
+        self.prepared: Prepared | None = None
         self._watch: tuple[int, int, float | None] = (_WATCHED_FORWARDS, 0, None)
         self._reads_to_watch = _WATCHED_READS
         self._last_read: tuple[Tensor, float] | None = None
@@ -65,6 +67,7 @@ class Parametrized(EPC):
         else:  # registering this again would take the inverse of the latent
             parametrize.register_parametrization(module, tensor_name, _Identity())
             _lists(module)[tensor_name] = self.owner[0]
+        type(module).register_parameter = _register_parameter  # type: ignore[method-assign,assignment]
 
     @torch.no_grad()
     def detach_from(self, layers: Sequence[tuple[nn.Module, str]]) -> None:
@@ -83,9 +86,10 @@ class Parametrized(EPC):
         weight = state_dict.get(prefix + tensor_name)
         if weight is None or inside + "original" in state_dict or tuple(weight.shape) != tuple(self.parameter.shape):
             return
-        weight = state_dict.pop(prefix + tensor_name).detach().to(self.parameter.device)
+        weight = state_dict.pop(prefix + tensor_name).detach()
         fresh = Parametrized(weight, self.settings, shape=self.shape, unit_dims=self.unit_dims, name=self.name)
-        state_dict[inside + "original"] = fresh.latent_of(weight)[0]
+        on_ball = self.settings.space == "ball"  # where a length that cannot be kept is worth a warning
+        state_dict[inside + "original"] = fresh.right_inverse(weight) if on_ball else fresh.latent_of(weight)[0]
         state_dict.update(fresh.state_dict(prefix=inside + "0."))
         self.reference_is_stale = True
 
@@ -93,13 +97,29 @@ class Parametrized(EPC):
         """The weight exp_p(v): shape and dtype of the latent."""
         if self._bypass:
             return whole(latent)
-        weight = self.weight_of(latent)
+        prepared, self.prepared = self.prepared, None  # to be read once
+        if prepared is not None and self.owner is not None and latent is self.owner[0].original:
+            weight = self._weight_prepared(latent, prepared)
+        else:
+            weight = self.weight_of(latent)
         if not torch.compiler.is_compiling() and type(latent) is nn.Parameter:  # a compiler would guard on the counters
             if self.training and self._watch[0]:
                 self._watch_latent(latent)
             if self._reads_to_watch:
                 self._watch_edits(weight)
         return weight
+
+    def map_ahead(self) -> Map | None:
+        """The map that the next read of the weight makes, if its vectors can be told now."""
+        latent = self.owner[0].original if self.owner is not None else None
+        # FSDP's shards and functional_call's substitutes are neither
+        if type(latent) is not nn.Parameter or latent.dtype != self.point.dtype or self._bypass:
+            return None
+        return Map(self.point, self.logical(latent.detach()), self.radius, self.dims)
+
+    def _weight_prepared(self, latent: Tensor, prepared: Prepared) -> Tensor:
+        made = Map(self.point, self.logical(latent), self.radius, self.dims)
+        return exp_map_prepared(made, prepared, self.settings.geometry).reshape(latent.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The latent whose weight is ``weight``; outside the ball, its direction at the edge, with a warning."""
@@ -168,6 +188,17 @@ def _lists(module: nn.Module) -> nn.ModuleDict:
     lists = module.parametrizations
     assert isinstance(lists, nn.ModuleDict)
     return lists
+
+
+def _register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """In the class that torch has injected, where ``module.weight = nn.Parameter(...)`` would be a KeyError."""
+    epc = find(module).get(name)
+    if epc is not None:
+        raise ValueError(
+            f"{epc.name}: its {name} is computed from a latent, which no other Parameter can replace; assign a plain "
+            "tensor to give it a value, or apply with mode='inplace'"
+        )
+    super(type(module), module).register_parameter(name, param)  # type: ignore[misc]
 
 
 def _remove_parametrization(module: nn.Module, tensor_name: str) -> None:

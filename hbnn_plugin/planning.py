@@ -11,8 +11,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from .cluster import alive, find
-from .epc import inner
 from .idioms import reason_for_inplace
+from .passes import inner
 from .selection import Predicate, Selected, binary_convolutions, own_class, select
 from .settings import Mode, Settings
 from .sharding import is_sharded
@@ -57,7 +57,13 @@ class Plan:
         return table(title, ("layer", "class", "tensor", "shape", "points"), rows)
 
 
-def make_plan(model: nn.Module, settings: Settings, where: Predicate | None, mode: Mode | None = None) -> Plan:
+def make_plan(
+    model: nn.Module,
+    settings: Settings,
+    where: Predicate | None,
+    mode: Mode | None = None,
+    binarize: str | None = None,
+) -> Plan:
     """Select, choose the mode and check. Raises ValueError (TypeError for a model that is none) naming all problems."""
     if mode not in (None, *get_args(Mode)):
         raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, or None, not {mode!r}")
@@ -81,9 +87,9 @@ def make_plan(model: nn.Module, settings: Settings, where: Predicate | None, mod
         raise ValueError(_nothing_selected(model, where))
     reason = None
     if mode is None:
-        reason = wrapper or reason_for_inplace(layers)
+        reason = wrapper or reason_for_inplace(layers, binarized_later=binarize is not None)
         mode = "inplace" if reason else "parametrize"
-    return Plan(settings, tuple(layers), mode, reason)
+    return Plan(settings, tuple(layers), mode, reason, binarize)
 
 
 def check_model(model: nn.Module, mode: Mode | None = None) -> str | None:

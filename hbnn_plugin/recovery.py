@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from .cluster import EPC
-from .epc import combine, exp_map, inner
+from .epc import exp_map
+from .passes import combine, inner
 from .sharding import whole
 
-__all__ = ["Recovered", "pull_back", "recover"]
+__all__ = ["Recovered", "pull_back", "radii_of", "recover"]
 
 _ROUNDINGS = 10.0
 """A point holds still where the map squeezes its weight's gradient to fewer than this many roundings of its dtype."""
@@ -30,20 +31,32 @@ class Recovered(NamedTuple):
     """Gradients at one cluster; ``valid`` is False for points that have to hold still (their gradients read 0)."""
 
     gradient: Tensor
-    """∂L/∂p (on the sphere its tangential part), of p's shape and dtype."""
+    """g = ∂L/∂p (on the sphere its tangential part), of p's shape and dtype."""
+    products: Tensor
+    """(3, ...), one number a point: ⟨p,p⟩, ⟨p,g⟩ and ⟨g,g⟩, which cost nothing here."""
     upstream: Tensor | None
     """G = ∂L/∂x, if asked for."""
     valid: Tensor
     """One bool a point."""
 
 
-def _gram(epc: EPC, v: Tensor, h: Tensor) -> Tensor:
-    p, dims = epc.point, epc.dims
+def _gram(epc: EPC, v: Tensor, h: Tensor, scratch: Tensor) -> Tensor:
+    p = epc.point
     pairs = ((p, p), (v, v), (p, v), (h, p), (h, v), (h, h))
-    return torch.stack([inner(x, y, dims).flatten() for x, y in pairs])
+    return torch.stack([inner(x, y, epc.dims, scratch=scratch).flatten() for x, y in pairs])
 
 
-def _radii(epc: EPC, like: Tensor) -> Tensor:
+def _products(gram: Tensor, coefficients: Tensor) -> Tensor:
+    """⟨p,p⟩, ⟨p,g⟩ and ⟨g,g⟩ of g = c₀ p + c₁ v + c₂ h."""
+    pp, vv, pv, hp, hv, hh = gram
+    c0, c1, c2 = coefficients
+    pg = c0 * pp + c1 * pv + c2 * hp
+    gg = c0 * pg + c1 * (c0 * pv + c1 * vv + c2 * hv) + c2 * (c0 * hp + c1 * hv + c2 * hh)
+    return torch.stack([pp, pg, gg.clamp(min=0.0)])
+
+
+def radii_of(epc: EPC, like: Tensor) -> Tensor:
+    """The radius of each point, (points,), of ``like``'s dtype and device."""
     r = epc.radius
     return r.flatten().to(like) if isinstance(r, Tensor) else like.new_full((epc.points,), r)
 
@@ -75,9 +88,9 @@ def recover(
             epc = clusters[i]
             v, h = (epc.logical(whole(t.detach())).to(epc.point.dtype) for t in (epc.parameter, gradients[i]))
             vectors.append((epc.point, v, h))
-        grams = [_gram(clusters[i], v, h) for i, (_, v, h) in zip(members, vectors)]
-        gram = torch.cat(grams, dim=1)
-        radii = torch.cat([_radii(clusters[i], gram) for i in members])
+        spare = [torch.empty_like(p) for p, _, _ in vectors]  # become the gradients in the end
+        gram = torch.cat([_gram(clusters[i], v, h, out) for i, (_, v, h), out in zip(members, vectors, spare)], dim=1)
+        radii = torch.cat([radii_of(clusters[i], gram) for i in members])
         found = clusters[members[0]].settings.geometry.point_gradient(gram, radii)
         sizes = [clusters[i].points for i in members]
         eps = torch.cat([gram.new_full((n,), torch.finfo(gradients[i].dtype).eps) for i, n in zip(members, sizes)])
@@ -90,14 +103,18 @@ def recover(
             valid = valid & (found_inf.to(gram.device) == 0)
         to_gradient = torch.where(valid, found.gradient, 0.0) * unscale
         to_upstream = torch.where(valid, found.upstream, 0.0)  # keeps grad_scale: it goes back into v.grad
-        parts = zip(members, vectors, *(t.split(sizes, dim=-1) for t in (to_gradient, to_upstream, valid)))
-        for i, (p, v, h), gradient_part, upstream_part, valid_part in parts:
+        products = torch.where(valid, _products(gram, to_gradient), 0.0)
+        scalars = (t.split(sizes, dim=-1) for t in (to_gradient, to_upstream, products, valid))
+        for i, (p, v, h), out, (gradient_part, upstream_part, products_part, valid_part) in zip(
+            members, vectors, spare, zip(*scalars)
+        ):
             shape = clusters[i].mean_square.shape
             mask = valid_part.reshape(shape)
             clean = h if h.is_cpu and bool(valid_part.all()) else torch.where(mask, h, 0.0)  # 0 · nan is nan
             results[i] = Recovered(
-                combine(tuple(c.reshape(shape) for c in gradient_part), (p, v, clean)),
-                combine(tuple(c.reshape(shape) for c in upstream_part), (p, v, clean)) if upstream else None,
+                combine(gradient_part.reshape(3, *shape).unbind(), (p, v, clean), out=out),
+                products_part.reshape(3, *shape),
+                combine(upstream_part.reshape(3, *shape).unbind(), (p, v, clean)) if upstream else None,
                 mask,
             )
     return [results[i] for i in range(len(clusters))]

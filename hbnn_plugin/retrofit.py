@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 
+from .batching import install_batching
 from .binarize import binarize_model, plan_binarization
-from .checkpoint import install_hooks
 from .cluster import EPC
 from .convolved import convolved_weight, is_two_valued, pack_bits
 from .flips import binary_bits
+from .idioms import held_elsewhere
 from .inplace import InPlace
+from .loading import install_hooks
 from .parametrization import Parametrized
 from .planning import Plan, check_model, make_plan
 from .selection import Predicate, Selected
@@ -88,7 +89,7 @@ def plan(
         return make_plan(model, settings, where, mode)
     check_model(model, mode)
     layers = plan_binarization(model, binarize, where)
-    return replace(make_plan(model, settings, lambda module, name: name in layers, mode), binarize=binarize)
+    return make_plan(model, settings, lambda module, name: name in layers, mode, binarize)
 
 
 def apply(
@@ -188,6 +189,8 @@ def apply(
     for key, s in zip(keys, made.layers):
         epcs[key].attach(s.module, s.tensor_name)
     install_hooks(model, [s.module for s in made.layers])
+    if made.mode == "parametrize":
+        install_batching(model)
     install()
     _warn_about(made, outside, convolved)
     return model
@@ -214,11 +217,15 @@ def _warn_about(made: Plan, outside: dict[str, int], convolved: dict[str, Tensor
             stacklevel=3,
         )
     seen = [(s, weight) for s in made.layers if (weight := convolved[s.label]) is not None]
-    not_binary = [s.label for s, weight in seen if not (_two_valued(s, weight) or _two_valued_later(s))]
-    if not_binary:
+    not_binary = [s for s, weight in seen if not (_two_valued(s, weight) or _two_valued_later(s))]
+    in_place = made.mode == "inplace"
+    elsewhere = held_elsewhere(not_binary) if in_place else {}  # by an object that binarizes it, in all likelihood
+    unexplained = [s.label for s in not_binary if s.label not in elsewhere]
+    if unexplained:
+        note = "If your trainer makes it binary around the forward, in-place mode honours that. " if in_place else ""
         warnings.warn(
-            f"{', '.join(not_binary)}: the forward does not convolve with a two-valued weight, so this may not be a "
-            "binary layer; leave it out with where=... if it should stay real-valued.",
+            f"{', '.join(unexplained)}: the forward does not convolve with a two-valued weight. {note}A layer that is "
+            "to stay real-valued can be left out with where=...",
             stacklevel=3,
         )
     unseen = [label for label, weight in convolved.items() if weight is None]

@@ -18,6 +18,8 @@ move by about η too; ``mobius`` is then p ← p ⊕ (−ηg), since a g of norm
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import geoopt
@@ -26,7 +28,9 @@ from torch import Tensor
 
 from .ball import MARGIN
 from .cluster import EPC
-from .epc import inner, mobius_scale
+from .epc import mobius_scale
+from .passes import combine, inner
+from .recovery import Recovered, radii_of
 from .spectral import orthogonal_factor
 
 __all__ = ["Move", "move"]
@@ -42,25 +46,72 @@ class Move(NamedTuple):
     """One cluster's step to be made."""
 
     epc: EPC
-    gradient: Tensor
-    """∂L/∂p; overwritten."""
-    valid: Tensor
-    """One bool a point: whether it may move."""
+    found: Recovered
+    """Its gradient is overwritten."""
     lr: float | Tensor
     """η."""
     group: dict[str, Any]
     """The parameter group of the latent."""
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the optimizer is of Adam's kind."""
+        return "betas" in self.group or "eps" in self.group
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the step needs nothing but the point and its gradient."""
+        settings = self.epc.settings
+        return settings.rule == "mobius" and not settings.point_momentum and not settings.point_decay
+
 
 @torch.no_grad()
-def move(step: Move) -> None:
-    """Make the step, in place."""
-    epc, g = step.epc, step.gradient
-    epc.moves += 1
+def move(steps: Sequence[Move]) -> None:
+    """Make the steps, in place."""
+    for step in steps:
+        step.epc.moves += 1
+        step.epc.steps += step.found.valid.any()
+        if not step.is_plain:
+            _move_one(step)
+    plain = sorted((step for step in steps if step.is_plain), key=_kind)
+    for _, together in groupby(plain, key=_kind):
+        _move_plain(list(together))
+
+
+def _kind(step: Move) -> tuple[str, str]:
+    return step.epc.settings.space, str(step.epc.point.device)
+
+
+def _move_plain(steps: list[Move]) -> None:
+    """The Möbius rule without momentum and decay, with the scalars of all clusters worked out together."""
+    sizes = [step.epc.points for step in steps]
+    products = torch.cat([step.found.products.flatten(1) for step in steps], dim=1)
+    scale, eta = torch.cat([_scale_and_rate(step).to(products) for step in steps], dim=1)
+    pp, pg, gg = products[0], scale * products[1], scale * scale * products[2]
+    radii = torch.cat([radii_of(step.epc, products) for step in steps])
+    a, b = steps[0].epc.settings.geometry.point_step(pp, pg, gg, eta, radii)
+    # ‖g‖² may overflow where no coordinate does: such a point holds still
+    moves = torch.cat([step.found.valid.flatten() for step in steps]) & gg.isfinite()
+    a, b = torch.where(moves, a, 1.0), torch.where(moves, b * scale, 0.0)
+    for step, *coefficients in zip(steps, a.split(sizes), b.split(sizes)):
+        p, g = step.epc.point, step.found.gradient
+        combine([c.reshape(step.found.valid.shape) for c in coefficients], (p, g), out=p)
+
+
+def _scale_and_rate(step: Move) -> Tensor:
+    """What g is multiplied by, and η for what comes out: (2, points)."""
+    one = step.found.products.new_ones(step.epc.points)
+    if not step.adaptive:
+        return torch.stack([one, one * step.lr])
+    # of norm √n it would lie outside ⊗'s domain: scale first, p ⊕ ((−1) ⊗ ηg), the same to first order
+    return torch.stack([step.lr / _root_mean_square(step).flatten(), one])
+
+
+def _move_one(step: Move) -> None:
+    epc, g, valid = step.epc, step.found.gradient, step.found.valid
     settings = epc.settings
     state = [t for t in (epc.point, epc.momentum, epc.mean_square) if t is not None]
-    before = None if step.valid.is_cpu and bool(step.valid.all()) else [t.clone() for t in state]
-    epc.steps += step.valid.any()
+    before = None if valid.is_cpu and bool(valid.all()) else [t.clone() for t in state]
     if settings.point_decay:
         kept = 1 - step.lr * settings.point_decay
         kept = kept.clamp(min=0.0) if isinstance(kept, Tensor) else max(kept, 0.0)
@@ -70,26 +121,26 @@ def move(step: Move) -> None:
     elif settings.rule == "spectral":
         _spectral(epc, g, step.lr)
     else:
-        adaptive = "betas" in step.group or "eps" in step.group
-        if adaptive:
-            _divide_by_rms(epc, g, step.group)
+        if step.adaptive:
+            g.div_(_root_mean_square(step))
         if settings.rule == "mobius":
-            _mobius(epc, g, step.lr, adaptive)
+            _mobius(epc, g, step.lr, step.adaptive)
         else:
             _riemannian(epc, g, step.lr)
     if before is not None:
         for now, then in zip(state, before):
-            now.copy_(torch.where(step.valid, now, then))
+            now.copy_(torch.where(valid, now, then))
 
 
-def _divide_by_rms(epc: EPC, g: Tensor, group: dict[str, Any]) -> None:
-    """g / (√m̂ + eps) in place, m the running mean square of g's coordinates with the group's β₂."""
+def _root_mean_square(step: Move) -> Tensor:
+    """√m̂ + eps, one number a point, m the running mean square of g's coordinates with the group's β₂."""
+    epc, group, valid = step.epc, step.group, step.found.valid
     beta = float(group["betas"][1] if "betas" in group else group.get("alpha", group.get("rho", _ADAM_BETAS[1])))
     eps = group.get("eps", _ADAM_EPS)
-    mean_square = (inner(g, g, epc.dims) * (epc.points / g.numel())).to(epc.mean_square.dtype)
-    epc.mean_square.lerp_(mean_square, 1 - beta)
+    now = (step.found.products[2] * (epc.points / epc.point.numel())).to(epc.mean_square.dtype)
+    epc.mean_square.copy_(torch.where(valid, epc.mean_square.lerp(now, 1 - beta), epc.mean_square))
     corrected = epc.mean_square / (1 - beta ** epc.steps.to(epc.mean_square.dtype))
-    g.div_(corrected.sqrt().add_(float(eps) if isinstance(eps, (int, float)) else _ADAM_EPS))
+    return corrected.sqrt() + (float(eps) if isinstance(eps, (int, float)) else _ADAM_EPS)
 
 
 def _accumulate(epc: EPC, g: Tensor) -> Tensor:
@@ -101,7 +152,7 @@ def _accumulate(epc: EPC, g: Tensor) -> Tensor:
 
 def _mobius(epc: EPC, g: Tensor, lr: float | Tensor, adaptive: bool) -> None:
     direction = _accumulate(epc, g)
-    if adaptive:  # of norm √n it would lie outside ⊗'s domain: scale first, p ⊕ ((−1) ⊗ ηg), the same to first order
+    if adaptive:  # as in _scale_and_rate
         direction, lr = direction * lr, 1.0
     _add(epc, direction, lr)
 

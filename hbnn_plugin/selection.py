@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -11,7 +12,17 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-__all__ = ["LIBRARIES", "Predicate", "Selected", "binary_convolutions", "by_class", "by_name", "own_class", "select"]
+__all__ = [
+    "LIBRARIES",
+    "Predicate",
+    "Selected",
+    "binary_convolutions",
+    "by_class",
+    "by_name",
+    "names_in_methods",
+    "own_class",
+    "select",
+]
 
 Predicate = Callable[[nn.Module, str], bool]
 
@@ -66,7 +77,7 @@ def binary_convolutions(module: nn.Module, name: str) -> bool:
         return False
     if isinstance(module, _ConvNd):
         return True
-    return _weight_of(module) is not None and _calls_convolution(cls)
+    return _weight_of(module) is not None and bool(_CONVOLUTION_NAMES & names_in_methods(cls))
 
 
 def by_name(*patterns: str) -> Predicate:
@@ -108,16 +119,15 @@ def own_class(module: nn.Module) -> type:
     return next(c for c in type(module).__mro__ if c.__module__ != "torch.nn.utils.parametrize")
 
 
-def _calls_convolution(cls: type) -> bool:
-    """Whether a method that the class (or a base of the host's own) defines mentions a convolution function."""
+def names_in_methods(cls: type) -> set[str]:
+    """The names that methods mention which the class, or a base of the host's own, defines; decorated ones too."""
+    named: set[str] = set()
     for base in cls.__mro__:
-        if base.__module__.split(".")[0] in LIBRARIES:
-            continue
-        for method in vars(base).values():
-            code = getattr(method, "__code__", None)
-            if code is not None and _CONVOLUTION_NAMES & set(code.co_names):
-                return True
-    return False
+        if base.__module__.split(".")[0] not in LIBRARIES:
+            for method in vars(base).values():
+                code = getattr(inspect.unwrap(method), "__code__", None)
+                named.update(code.co_names if code is not None else ())
+    return named
 
 
 def _declared_shape(module: nn.Module) -> tuple[int, ...] | None:

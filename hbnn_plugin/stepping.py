@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,23 +68,21 @@ class _Pending:
     def comes_from(self, gradient: Tensor) -> bool:
         return self.gradient is gradient and self.version == gradient._version
 
-    def make(self) -> None:
-        """Move the point, unless somebody has done so since."""
+    def land(self) -> Move | None:
+        """Let the point arrive where it is known to, unless somebody has moved it since; else the move to be made."""
         if self.epc.moves != self.moves_then:
-            return
+            return None
         if self.landing is not None:
             self.epc.moves += 1
             _restore(self.epc, self.landing)
-            return
+            return None
         if self.group.get("lr") is None:  # a wrapper may have none, if the optimizer inside has one
             raise RuntimeError(
                 f"{self.epc.name}: its weight's parameter group has no learning rate 'lr', so its point's is unknown; "
                 "put an 'lr' into the group, or apply with rule='fixed'"
             )
         lr = self.group["lr"] * self.group.get("point_lr", self.epc.settings.point_lr)
-        if self.group.get("maximize"):
-            lr = -lr
-        move(Move(self.epc, self.found.gradient, self.found.valid, lr, self.group))
+        return Move(self.epc, self.found, -lr if self.group.get("maximize") else lr, self.group)
 
 
 class PointStep:
@@ -151,7 +149,7 @@ class PointStep:
             pending = _Pending(epc, found, group, gradient, gradient._version, epc.moves)
             if epc.settings.order == "alternating":
                 before = _state(epc)
-                pending.make()
+                _make([pending])
                 _rewrite(gradient, epc, found)
                 pending.landing, pending.version = _state(epc), gradient._version
                 pending.moves_then = epc.moves
@@ -176,8 +174,11 @@ class PointStep:
     def finish(self) -> None:
         """Move the points."""
         pending, self.pending = self.pending, {}
-        for one in pending.values():
-            one.make()
+        _make(pending.values())
+
+
+def _make(moves: Iterable[_Pending]) -> None:
+    move([due for pending in moves if (due := pending.land()) is not None])
 
 
 def _state(epc: EPC) -> list[Tensor]:

@@ -72,7 +72,8 @@ def test_the_first_step_from_the_origin_is_the_orthogonal_factor_of_the_layers_g
     layer, bare = make().double(), make().double()
     x = torch.randn(shape, dtype=torch.float64)
     model = nn.Sequential(layer)
-    hbnn_plugin.apply(model, where=lambda module, name: module is layer, rule="spectral", per=per, relative=relative)
+    only = {"where": lambda module, name: module is layer, "mode": "parametrize"}
+    hbnn_plugin.apply(model, rule="spectral", per=per, relative=relative, **only)
     epc = find(layer)["weight"]
     point = torch.zeros_like(epc.point, requires_grad=True)
     mapped = {"weight": exp_map(point, epc.parameter.detach(), epc.radius, dims=epc.dims), "bias": layer.bias.detach()}

@@ -1,0 +1,100 @@
+"""The map alone, forward and backward to the latent, on the weights of real networks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import geoopt
+import torch
+from torch import Tensor
+
+import hbnn_plugin
+from hosts import binary_layers, get_host
+from hosts.networks import NETWORKS
+from measuring import in_turns, median, ratio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["FLOOR", "measure_map", "one_layer", "weights_of"]
+
+RADIUS = 0.05
+FLOOR = "memory floor"
+MOVED = 7
+"""Weight-sized tensors that have to move: p and v read and x written, then p, v and ∂L/∂x read and ∂L/∂v written."""
+
+
+class Weights(NamedTuple):
+    """One layer's, as rows of one point each."""
+
+    point: Tensor
+    latent: Tensor
+    upstream: Tensor
+
+
+def _weights(points: int, coordinates: int, generator: torch.Generator) -> Weights:
+    v = 0.02 * torch.randn(points, coordinates, generator=generator)
+    p = torch.randn(points, coordinates, generator=generator)
+    p *= 0.2 / (RADIUS**0.5 * p.norm(dim=1, keepdim=True))  # a fifth of the way to the edge
+    return Weights(p, v.requires_grad_(), torch.randn(points, coordinates, generator=generator))
+
+
+def one_layer(points: int = 512, weights: int = 512 * 512 * 9) -> list[Weights]:
+    """The largest layer of a ResNet, in so many points."""
+    return [_weights(points, weights // points, torch.Generator().manual_seed(0))]
+
+
+def weights_of(arch: str, per: str) -> list[Weights]:
+    """All binary layers of a network."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        network = NETWORKS[arch](get_host("irnet", arch).conv)
+    shapes = [layer.weight.flatten(1).shape for _, layer in binary_layers(network)]
+    return [_weights(n if per == "filter" else 1, k if per == "filter" else n * k, generator) for n, k in shapes]
+
+
+def _geoopt(ball: geoopt.PoincareBallExact, w: Weights) -> Tensor:
+    return ball.expmap(w.point, w.latent)  # type: ignore[no-any-return]
+
+
+def _formula(p: Tensor, v: Tensor) -> Tensor:
+    """exp_p(v) as the paper writes it, in torch's operations."""
+    vv, pp = (v * v).sum(-1, keepdim=True), (p * p).sum(-1, keepdim=True)
+    norm = (RADIUS * vv).sqrt()
+    u = (norm / (1 - RADIUS * pp)).tanh() / norm * v
+    pu, uu = (p * u).sum(-1, keepdim=True), (u * u).sum(-1, keepdim=True)
+    above = (1 + 2 * RADIUS * pu + RADIUS * uu) * p + (1 - RADIUS * pp) * u
+    return above / (1 + 2 * RADIUS * pu + RADIUS**2 * pp * uu)
+
+
+def measure_map(layers: Sequence[Weights], turns: int, compiled: bool = True) -> dict[str, Any]:
+    """Milliseconds of each way to compute the map of all layers forward and backward, and ratios to ours."""
+    ball = geoopt.PoincareBallExact(c=RADIUS)
+
+    def both_ways(exp: Callable[[Weights], Tensor]) -> Callable[[], object]:
+        return lambda: [torch.autograd.grad(exp(w), w.latent, w.upstream) for w in layers]
+
+    def floor() -> None:
+        for w in layers:  # two fresh tensors at a time, as a map's result and its gradient are
+            kept = w.point.clone(), w.latent.detach().clone()
+            del kept
+
+    arms: dict[str, Callable[[], object]] = {
+        "plugin": both_ways(lambda w: hbnn_plugin.exp_map(w.point, w.latent, RADIUS)),
+        "geoopt": both_ways(lambda w: _geoopt(ball, w)),
+        FLOOR: floor,
+    }
+    if compiled:
+        torch.compiler.reset()
+        ours, plain = torch.compile(hbnn_plugin.exp_map), torch.compile(_formula)
+        arms["plugin, compiled"] = both_ways(lambda w: ours(w.point, w.latent, RADIUS))
+        arms["formula, compiled"] = both_ways(lambda w: plain(w.point, w.latent))
+    seconds = in_turns(arms, turns)
+    seconds[FLOOR] = [s * MOVED / 4 for s in seconds[FLOOR]]  # the clones move four
+    return {
+        "milliseconds": {arm: median([1e3 * s for s in times]).as_dict for arm, times in seconds.items()},
+        "geoopt / plugin": ratio(seconds["geoopt"], seconds["plugin"]).as_dict,
+        "ratio to the floor": {
+            arm: ratio(times, seconds[FLOOR]).as_dict for arm, times in seconds.items() if arm != FLOOR
+        },
+    }

@@ -1,0 +1,96 @@
+"""Markdown tables from the lines alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from training_cost.maps import FLOOR
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["report"]
+
+Line = "Mapping[str, Any]"
+
+_HEAD = """# What the plugin costs in training
+
+Made by `python examples/benchmark_training.py --report` from `training-cost.jsonl`. Medians over turns in one process, with
+95 % bootstrap intervals; ratios are taken within a turn.
+"""
+
+
+def report(lines: Sequence[Mapping[str, Any]]) -> str:
+    """All sections, of each case its last line."""
+    last = {(line["section"], line["case"]): line for line in lines}
+    parts = [_HEAD]
+    for section, table in (("map", _map), ("growth", _map), ("step", _step), ("memory", _memory)):
+        found = [line for (name, _), line in last.items() if name == section]
+        if found:
+            parts += [_TITLES[section], table(found), _machines(found)]
+    return "\n".join(parts)
+
+
+_TITLES = {
+    "map": "## The map alone, forward and backward\n\nThe floor is what copying as many bytes takes as have to move.\n",
+    "growth": "## How its cost grows\n",
+    "step": "## A training step, as a multiple of the bare host's\n",
+    "memory": "## Memory beyond the bare host's, in copies of the binary layers' weights\n",
+}
+
+
+def _map(lines: Sequence[Mapping[str, Any]]) -> str:
+    arms = list(dict.fromkeys(arm for line in lines for arm in line["milliseconds"]))
+    header = ["case", *(f"{arm}, ms" for arm in arms), "geoopt / plugin", "plugin / floor"]
+    header += ["plugin, compiled / floor"] * ("plugin, compiled" in arms)
+    rows = []
+    for line in lines:
+        floor = line["ratio to the floor"]
+        rows.append(
+            [line["case"], *(_cell(line["milliseconds"].get(arm)) for arm in arms), _cell(line["geoopt / plugin"])]
+            + [_cell(floor["plugin"])]
+            + [_cell(floor.get("plugin, compiled"))] * ("plugin, compiled" in arms)
+        )
+    assert FLOOR in arms
+    return _table(header, rows)
+
+
+def _step(lines: Sequence[Mapping[str, Any]]) -> str:
+    arms = list(lines[0]["ratio to the bare host"])
+    header = ["case", "bare host, ms", *arms]
+    rows = [
+        [
+            line["case"],
+            _cell(line["milliseconds"]["bare host"]),
+            *(_cell(line["ratio to the bare host"][a]) for a in arms),
+        ]
+        for line in lines
+    ]
+    return _table(header, rows)
+
+
+def _memory(lines: Sequence[Mapping[str, Any]]) -> str:
+    arms = list(lines[0]["copies held"])
+    header = ["case", "weights, MB", *(f"held, {arm}" for arm in arms), *(f"peak, {arm}" for arm in arms)]
+    rows = [
+        [line["case"], f"{line['weights, MB']}"]
+        + [f"{line[kind][arm]:.2f}" for kind in ("copies held", "copies at the peak") for arm in arms]
+        for line in lines
+    ]
+    return _table(header, rows)
+
+
+def _cell(estimate: Mapping[str, float] | None) -> str:
+    if estimate is None:
+        return ""
+    return f"{estimate['median']:.3g} ({estimate['low']:.3g} … {estimate['high']:.3g})"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _machines(lines: Sequence[Mapping[str, Any]]) -> str:
+    found = {f"{line['machine']}; torch {line['torch']}, commit {line['commit']}" for line in lines}
+    return "\n".join(sorted(found)) + "\n"

@@ -1,0 +1,57 @@
+"""One forward of a model: the scalars of all its layers' maps worked out together.
+
+A map's scalars are some hundred operations on one number a point. Layer by layer they would be most of the plugin's cost
+in a small network, and most of its kernels on a GPU; over all layers at once they cost what one layer's cost.
+
+This lasts from the beginning of the model's forward to its end, in which nobody changes a latent, and each read takes
+what was prepared for it once. Any other read of a weight works its own scalars out: between two forwards a latent may
+change unseen (``.data`` edits bump no version), and what is kept from step to step could be stale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .epc import prepare
+from .parametrization import Parametrized
+
+__all__ = ["install_batching", "remove_batching"]
+
+
+def install_batching(model: nn.Module) -> None:
+    """From now on ``model(...)`` prepares the maps of the layers inside."""
+    model.register_forward_pre_hook(_prepare_all)
+    model.register_forward_hook(_forget_all)
+
+
+def remove_batching(model: nn.Module) -> None:
+    """Undo :func:`install_batching`."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_prepare_all, _forget_all)]:
+            del hooks[key]
+
+
+def _prepare_all(model: nn.Module, _: Any) -> None:
+    if torch.compiler.is_compiling():  # a compiler fuses the scalars itself
+        return
+    ready = [(epc, m) for epc in _clusters(model) if (m := epc.map_ahead()) is not None]
+    alike: dict[tuple[str, torch.device], list[int]] = {}
+    for i, (epc, m) in enumerate(ready):
+        alike.setdefault((epc.settings.space, m.latent.device), []).append(i)
+    for indices in alike.values():
+        space = ready[indices[0]][0].settings.geometry
+        for i, prepared in zip(indices, prepare([ready[i][1] for i in indices], space)):
+            ready[i][0].prepared = prepared
+
+
+def _forget_all(model: nn.Module, *_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for epc in _clusters(model):
+            epc.prepared = None
+
+
+def _clusters(model: nn.Module) -> list[Parametrized]:
+    return [module for module in model.modules() if isinstance(module, Parametrized)]
