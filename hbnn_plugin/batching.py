@@ -1,7 +1,7 @@
 """One forward of a model: the scalars of all its layers' maps worked out together.
 
-A map's scalars are some hundred operations on one number a point. Layer by layer they would be most of the plugin's cost
-in a small network, and most of its kernels on a GPU; over all layers at once they cost what one layer's cost.
+A map's scalars are some hundred operations on one number a point. Layer by layer they would be most of the plugin's
+cost in a small network, and most of its kernels on a GPU; over all layers at once they cost what one layer's cost.
 
 This lasts from the beginning of the model's forward to its end, in which nobody changes a latent, and each read takes
 what was prepared for it once. Any other read of a weight works its own scalars out: between two forwards a latent may

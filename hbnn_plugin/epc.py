@@ -76,7 +76,8 @@ def prepare(maps: Sequence[Map], space: Space) -> list[Prepared]:
         grams = [_gram(m.point, m.latent * t, m.dims, exact=True) for m, t in zip(maps, tamings)]
         gram, radii = _joined(grams), _radii(maps, grams)
         taming = torch.cat([t.flatten() for t in tamings]).to(gram)
-    scalars = torch.stack([*space.exp_slopes(*gram, radii), taming])
+    pp, vv, pv = gram
+    scalars = torch.stack([*space.exp_slopes(pp, vv, pv, radii), taming])
     parts = scalars.split([g[0].numel() for g in grams], dim=1)
     return [Prepared(part.reshape(-1, *g.shape[1:]), careful, out) for part, g, out in zip(parts, grams, outs)]
 
@@ -118,7 +119,8 @@ class _Exp(torch.autograd.Function):
         k = Slopes(*slopes)
         spare = None
         if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see how the scalars arise
-            k = ctx.space.exp_slopes(*_gram(p, v, dims, exact=True), ctx.r)
+            pp, vv, pv = _gram(p, v, dims, exact=True)
+            k = ctx.space.exp_slopes(pp, vv, pv, ctx.r)
         else:
             spare = torch.empty_like(v)  # becomes a gradient in the end
         a, b = inner(grad, p, dims, scratch=spare), inner(grad, v, dims, scratch=spare)
@@ -151,7 +153,8 @@ class _Exp(torch.autograd.Function):
 def _exp_plain(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Tensor:
     """The same map in plain torch ops, for tools that trace."""
     v = v * _taming(v, dims)
-    alpha, beta = space.exp(*_gram(p, v, dims, exact=True), r)  # exact costs nothing where the compiler fuses it
+    pp, vv, pv = _gram(p, v, dims, exact=True)  # exact costs nothing where the compiler fuses it
+    alpha, beta = space.exp(pp, vv, pv, r)
     return combine((alpha, beta), (p, v))
 
 

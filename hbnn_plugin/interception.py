@@ -1,12 +1,15 @@
-"""Where a training script shows its model: the constructors of optimizers and of parallel wrappers, and torch.save."""
+"""Where a training script shows its model: where optimizers are built, models wrapped or sharded, and torch.save."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import importlib
 import os
 import time
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from .binarize import plan_binarization
 from .cluster import find
 from .retrofit import apply, plan
 from .selection import Predicate, binary_convolutions
@@ -39,12 +43,18 @@ class Interception:
         self._saved: set[Path] = set()
         self._started = time.time()
         self._originals: list[tuple[Any, str, Any]] = []
+        self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of the models that have begun to be sharded
 
     def start(self) -> None:
         """Begin to watch."""
         self._wrap(Optimizer, "__init__", self._before_optimizer)
         for wrapper in (DataParallel, DistributedDataParallel):
             self._wrap(wrapper, "__init__", self._before_wrapper)
+        for fsdp in _fsdp_modules():
+            if hasattr(fsdp, "fully_shard"):
+                self._wrap(fsdp, "fully_shard", self._before_sharding)
+            if hasattr(fsdp, "FullyShardedDataParallel"):
+                self._wrap(fsdp.FullyShardedDataParallel, "__init__", self._before_flattening)
         self._wrap(torch, "save", self._before_save)
 
     def stop(self) -> None:
@@ -59,9 +69,7 @@ class Interception:
         beside = (path for folder, suffix in kinds for path in folder.glob(f"*{suffix}"))
         return sorted(path for path in beside if path.is_file() and path.stat().st_mtime >= self._started)
 
-    def _wrap(
-        self, owner: Any, name: str, before: Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]
-    ) -> None:
+    def _wrap(self, owner: Any, name: str, before: Before) -> None:
         original = getattr(owner, name)
 
         @functools.wraps(original)
@@ -75,8 +83,9 @@ class Interception:
         given = args[1] if len(args) > 1 else kwargs["params"]
         params = given if isinstance(given, Tensor) else list(given)  # a generator yields once
         tensors = {id(t) for t in _tensors(params)}
-        for root in _roots_holding(tensors, self.options.get("where", binary_convolutions)):
-            self._apply(root)
+        for root in _outermost_modules():
+            if any(id(p) in tensors for layer in self._layers(root) for p in layer._parameters.values()):
+                self._apply(root)
         if len(args) > 1:
             return (args[0], params, *args[2:])
         kwargs["params"] = params
@@ -84,9 +93,32 @@ class Interception:
 
     def _before_wrapper(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         module = args[1] if len(args) > 1 else kwargs["module"]
-        predicate = self.options.get("where", binary_convolutions)
-        if any(predicate(m, name) for name, m in module.named_modules()):
+        if self._layers(module):
             self._apply(module)
+        return args
+
+    def _before_sharding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """FSDP2: a script shards the parts of a model one after the other; apply has to come before the first."""
+        given = args[0] if args else kwargs["module"]
+        parts = given if isinstance(given, (list, tuple)) else [given]
+        if all(part in self._met for part in parts):
+            return args
+        for root in _outermost_modules():
+            inside = set(root.modules())
+            if not inside.isdisjoint(parts):
+                self._met.update(inside)
+                if self._layers(root):
+                    self._apply(root)
+        return args
+
+    def _before_flattening(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """FSDP1 packs the weights of many layers into one vector, in which no filter can be told."""
+        module = args[1] if len(args) > 1 else kwargs["module"]
+        if self._layers(module):
+            raise ValueError(
+                f"FullyShardedDataParallel flattens the weights of {type(module).__name__}, and a point needs its "
+                "filter: shard with torch.distributed.fsdp.fully_shard (FSDP2) instead"
+            )
         return args
 
     def _before_save(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -94,6 +126,17 @@ class Interception:
         if isinstance(target, (str, os.PathLike)):
             self._saved.add(Path(target).absolute())
         return args
+
+    def _layers(self, model: nn.Module) -> list[nn.Module]:
+        """The layers of this model that apply would take."""
+        where: Predicate | None = self.options.get("where")
+        binarize: str | None = self.options.get("binarize")
+        if where is None and binarize is not None:
+            with contextlib.suppress(ValueError):  # there is none in this model
+                return [model.get_submodule(name) for name in plan_binarization(model, binarize, None)]
+            return []
+        predicate = where or binary_convolutions
+        return [m for name, m in model.named_modules() if predicate(m, name)]
 
     def _apply(self, model: nn.Module) -> None:
         if any(find(module) for module in model.modules()):
@@ -112,15 +155,19 @@ def _tensors(params: Any) -> Iterable[Tensor]:
             yield entry[1] if isinstance(entry, tuple) else entry
 
 
-def _roots_holding(tensors: set[int], predicate: Predicate) -> list[nn.Module]:
-    """The outermost modules of this process that hold a selected layer with one of these parameters."""
+def _outermost_modules() -> Iterator[nn.Module]:
+    """The modules of this process that are in no other."""
     # not isinstance: it would ask objects for their __class__, and some answer with a warning
     modules: list[nn.Module] = [o for o in gc.get_objects() if nn.Module in type(o).__mro__ and "_modules" in vars(o)]
     inner = {id(child) for module in modules for child in module._modules.values() if child is not None}
-    roots = []
-    for module in modules:
-        if id(module) not in inner:
-            layers = [m for name, m in module.named_modules() if predicate(m, name)]
-            if any(id(p) in tensors for layer in layers for p in layer._parameters.values()):
-                roots.append(module)
-    return roots
+    return (module for module in modules if id(module) not in inner)
+
+
+def _fsdp_modules() -> list[Any]:
+    """The places that scripts import FSDP from, in this torch."""
+    found = []
+    if torch.distributed.is_available():
+        for name in ("torch.distributed.fsdp", "torch.distributed._composable.fsdp"):
+            with contextlib.suppress(ImportError):
+                found.append(importlib.import_module(name))
+    return found

@@ -6,8 +6,9 @@
 
 :func:`hbnn_plugin.apply` is called on the script's model when its first optimizer is built, or when DataParallel,
 DistributedDataParallel or FSDP wraps it, whichever comes first. Of several models those are taken whose binary weights
-the optimizer trains: a teacher stays as it is. What this module has to say goes to stderr; output, exit status and
-interrupts are the script's own.
+the optimizer trains: a teacher stays as it is. The mode is ``"inplace"`` unless ``--mode`` says otherwise: what the
+script does to its weights after each step cannot be seen before it does it. What this module has to say goes to
+stderr; output, exit status and interrupts are the script's own.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None, list[str],
     add("--per", choices=get_args(Per))
     add("--where", action="append", metavar="REGEX", help="layers by name; may be repeated")
     add("--binarize", choices=get_args(Binarize))
-    add("--mode", choices=get_args(Mode))
+    add("--mode", choices=get_args(Mode), default="inplace", help="inplace by default, which suits every trainer")
     add("--rule", choices=get_args(Rule))
     add("--order", choices=get_args(Order))
     add("--relative", action="store_true", default=None)

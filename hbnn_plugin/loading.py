@@ -62,8 +62,8 @@ def _refuse_misfits(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
     if differences:
         mend = " (hbnn_plugin.plain_state_dict(checkpoint) has the weights without the clusters)" if theirs else ""
         raise ValueError(
-            f"the checkpoint does not fit the clusters of {type(module).__name__}, and none of it was loaded there{mend}"
-            ":\n  " + "\n  ".join(differences)
+            f"the checkpoint does not fit the clusters of {type(module).__name__}, and none of it was loaded there"
+            f"{mend}:\n  " + "\n  ".join(differences)
         )
 
 

@@ -1,8 +1,8 @@
 """Passes over weight tensors: all that is ever done with as many numbers as there are weights.
 
-Everything the plugin computes is inner products of weight-sized tensors (:func:`inner`) and linear combinations of them
-(:func:`combine`), with one scalar a point in between. A weight-sized temporary costs more than the arithmetic on it (its
-memory is fresh, page by page), so products go into the memory that will hold the result.
+Everything the plugin computes is inner products of weight-sized tensors (:func:`inner`) and linear combinations of
+them (:func:`combine`), with one scalar a point in between. A weight-sized temporary costs more than the arithmetic on
+it (its memory is fresh, page by page), so products go into the memory that will hold the result.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _square(x: Tensor, dims: Dims, wide: torch.dtype) -> Tensor:
 
 
 def combine(coefficients: Sequence[Tensor], vectors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """Σ c_i x_i, one coefficient a point, in the vectors' dtype; in ``out``, if given, which may be the first vector."""
+    """Σ c_i x_i, one coefficient a point, in the vectors' dtype; into ``out``, if given (the first vector will do)."""
     dtype = vectors[0].dtype
     result = torch.mul(vectors[0], coefficients[0].to(dtype), out=out)
     for coefficient, vector in zip(coefficients[1:], vectors[1:]):

@@ -155,8 +155,11 @@ class Captured(Host):
         super().__init__()
         self.bin_op = BinOp(self.net)
 
-    def step(self, seed: int) -> float:
+    def binarize(self) -> None:
         self.bin_op.binarization()
+
+    def step(self, seed: int) -> float:
+        self.binarize()
         self.optimizer.zero_grad()
         loss = loss_of(self.net, seed)
         loss.backward()

@@ -13,8 +13,8 @@ from training_helpers import F64, applied
 CURVED = {"radius": 0.5}
 
 
-def smooth(mode: str = "inplace", **options: Any) -> TinyNet:
-    return applied(SmoothConv, dtype=F64, mode=mode, **{**CURVED, **options})
+def smooth(mode: str = "inplace", seed: int = 0, **options: Any) -> TinyNet:
+    return applied(SmoothConv, seed, F64, mode=mode, **{**CURVED, **options})
 
 
 def mapped(net: nn.Module) -> bool:

@@ -67,13 +67,6 @@ def test_a_plain_checkpoint_loads_without_touching_the_dict() -> None:
     assert list(checkpoint) == keys
 
 
-def test_a_plain_checkpoint_of_another_shape_is_refused_as_torch_does() -> None:
-    checkpoint = tiny_net().state_dict()
-    checkpoint["conv1.weight"] = torch.zeros(5, 4, 1, 1)
-    with pytest.raises(RuntimeError, match=r"conv1"):
-        applied().load_state_dict(checkpoint)
-
-
 def test_checkpoints_through_wrappers_and_parts() -> None:
     plain = tiny_net(seed=5)
     wrapped = nn.Sequential(applied())
@@ -187,71 +180,6 @@ def test_plain_state_dict_keeps_the_versions_that_modules_load_by() -> None:
     net = trained()
     loaded = hbnn_plugin.plain_state_dict(net.state_dict())
     assert loaded._metadata["bn1"] == {"version": 2}
-
-
-# -- checkpoints of other clusters --------
-
-
-@pytest.mark.parametrize(
-    ("theirs", "fragments"),
-    [
-        ({"radius": 0.1}, [r"conv1: radius is 0\.1 in the checkpoint, 0\.05 in the model", r"conv2: radius is 0\.1"]),
-        ({"per": "layer"}, ["conv1: per is 'layer' in the checkpoint, 'filter' in the model", "conv2: per is 'layer'"]),
-        (
-            {"space": "sphere"},
-            ["conv1: space is 'sphere'.*'ball'", r"conv1: radius is 1\.0", "conv2: space", "conv2: radius"],
-        ),
-        ({"relative": True}, ["conv1: relative is True in the checkpoint, False in the model", "conv2: relative"]),
-        (
-            {"space": "sphere", "per": "layer", "radius": 0.3, "relative": True},
-            [f"{layer}: {key} is" for layer in BINARY_LAYERS for key in ("space", "radius", "per", "relative")],
-        ),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.filterwarnings("ignore:.*start at the edge of the ball")
-def test_a_checkpoint_of_other_clusters_is_refused_whole(
-    theirs: dict[str, Any], fragments: list[str], strict: bool
-) -> None:
-    checkpoint = saved(trained(seed=4, **theirs).state_dict())
-    net = trained()
-    before = state(net)
-    for model, entries in ((net, checkpoint), (nn.Sequential(net), {f"0.{k}": v for k, v in checkpoint.items()})):
-        with pytest.raises(ValueError, match=r"does not fit the clusters of .* none of it was") as caught:
-            model.load_state_dict(entries, strict=strict)
-        for fragment in fragments:
-            caught.match(fragment)
-        assert same_state(state(net), before)
-
-
-def test_a_part_of_a_model_refuses_the_checkpoint_of_other_clusters_too() -> None:
-    """A backbone is often loaded by itself."""
-    backbone = nn.Sequential(tiny_net())
-    model = hbnn_plugin.apply(nn.ModuleDict({"backbone": backbone, "head": nn.Linear(4, 2)}))
-    before = state(model)
-    other = nn.Sequential(trained(seed=4, radius=0.1))
-    with pytest.raises(ValueError, match=r"does not fit the clusters(?s:.*)conv2.*radius is 0\.1"):
-        model["backbone"].load_state_dict(other.state_dict())
-    assert same_state(state(model), before)
-
-
-@pytest.mark.filterwarnings("ignore:.*could not be run")
-def test_checkpoints_of_differing_flat_and_four_dimensional_weights_are_refused() -> None:
-    class Renamed(HardBinaryConv):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            self.shape = (self.shape[1], self.shape[0], *self.shape[2:])
-
-        def binary_weight(self) -> Tensor:
-            return super().binary_weight().transpose(0, 1)
-
-    checkpoint = trained(HardBinaryConv).state_dict()
-    net = applied(Renamed)
-    with pytest.raises(
-        ValueError, match=r"conv1: shape is \[5, 4, 3, 3\] in the checkpoint, \[4, 5, 3, 3\] in the model"
-    ):
-        net.load_state_dict(checkpoint)
 
 
 def test_other_rules_do_not_matter_to_a_checkpoint() -> None:

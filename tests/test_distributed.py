@@ -57,12 +57,16 @@ def image_sets() -> tuple[Images, Images]:
 
 
 def train(
-    world: World, norm: bool, path: Path | None = None, saved: Callable[[Progress], None] = lambda _: None
+    world: World,
+    norm: bool,
+    path: Path | None = None,
+    saved: Callable[[Progress], None] = lambda _: None,
+    mode: Any = "parametrize",
 ) -> dict[str, Any]:
     """From the checkpoint at ``path``, if there is one; ``saved`` is called after each that is written there."""
     torch.manual_seed(0)
     host, model = HOSTS["irnet"], Tiny(norm)
-    hbnn_plugin.apply(model)
+    hbnn_plugin.apply(model, mode=mode)
     optimizer = make_optimizer(model, host, RECIPE)
     meter, progress = FlipMeter(model), Progress()
     if path and path.exists():
@@ -109,6 +113,7 @@ def main(out: Path) -> None:
     if first:
         for norm in (False, True):
             torch.save(train(world, norm), out / f"whole-{norm}-{world.rank}.pt")
+        torch.save(train(world, False, mode="inplace"), out / f"inplace-{world.rank}.pt")
     torch.save(train(world, True, path, die), out / f"resumed-{world.rank}.pt")
     world.close()
 
@@ -137,10 +142,13 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return list(first) == list(second) and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_two_ranks_train_as_one_process_does(ranks: Path) -> None:
-    alone, together = train(ALONE, False), load(ranks, "whole-False-0")
+@pytest.mark.parametrize(("mode", "name"), [("parametrize", "whole-False"), ("inplace", "inplace")])
+def test_two_ranks_train_as_one_process_does(mode: str, name: str, ranks: Path) -> None:
+    alone, together = train(ALONE, False, mode=mode), load(ranks, f"{name}-0")
+    assert same(load(ranks, f"{name}-1")["model"], together["model"])
     points = [key for key in alone["model"] if key.startswith("conv2") and key.endswith("point")]
     assert points and all(alone["model"][key].abs().max() > 1e-3 for key in points)  # they move
+    assert alone["model"].keys() == together["model"].keys()
     for key, value in alone["model"].items():
         torch.testing.assert_close(together["model"][key], value, rtol=1e-9, atol=1e-12)
     for one, two in zip(alone["history"], together["history"], strict=True):

@@ -12,9 +12,17 @@ from torch import nn
 
 import hbnn_plugin
 from hbnn_plugin.sharding import whole
-from tiny_hosts import IrConv, TinyNet, clusters, loss_of, tiny_net
+from tiny_hosts import IrConv, TinyNet, clusters, latents, loss_of, tiny_net
 
-OPTIONS = [{"per": per, "order": order} for per in ("filter", "layer") for order in ("simultaneous", "alternating")]
+OPTIONS = [
+    {"per": per, "order": order, "mode": mode}
+    for per, order, mode in [
+        ("filter", "simultaneous", "parametrize"),
+        ("layer", "alternating", "parametrize"),
+        ("filter", "alternating", "inplace"),
+        ("layer", "simultaneous", "inplace"),
+    ]
+]
 
 
 def steps(net: nn.Module, first: int, count: int, optimizer: torch.optim.Optimizer) -> None:
@@ -30,6 +38,7 @@ def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
 
 def result(net: TinyNet) -> dict[str, torch.Tensor]:
     found = {name: whole(p.detach()).clone() for name, p in net.named_parameters()}
+    found |= {f"{name}.latent": whole(v) for name, v in latents(net).items()}
     flips = {f"{name}.flips": torch.tensor(ratio) for name, ratio in hbnn_plugin.flip_ratio(net).items()}
     return found | flips | {f"{name}.point": epc.point.clone() for name, epc in clusters(net).items()}
 

@@ -41,6 +41,14 @@ from idiom_hosts import (
     RebuiltEachEpoch,
 )
 from idiom_spellings import EDITS, READS, OldStyleConv, touching
+from idiom_trainers import (
+    AuxiliaryCopies,
+    CollectedWeights,
+    CountingConv,
+    GradientInForward,
+    GradientInMethod,
+    RealBeside,
+)
 from tiny_hosts import (
     BINARY_LAYERS,
     HardBinaryConv,
@@ -64,8 +72,13 @@ ROWS = [  # host, the mode that is picked, what becomes of it under parametrize,
     (CentredInForward, "inplace", LOST, SAME),
     (OrgKept, "inplace", AttributeError, SAME),
     (Captured, "inplace", SAME, SAME),  # the Parameter that it holds is the latent; see below
-    (CapturedLater, "parametrize", AttributeError, SAME),
+    (CapturedLater, "inplace", AttributeError, SAME),
+    (AuxiliaryCopies, "inplace", SAME, SAME),  # likewise
+    (RealBeside, "inplace", TypeError, SAME),
+    (GradientInForward, "inplace", LOST, SAME),
+    (GradientInMethod, "inplace", AttributeError, SAME),
     (ClampedByTrainer, "parametrize", LOST, SAME),
+    (CollectedWeights, "parametrize", ValueError, SAME),
     (FlatWeights, "parametrize", SAME, SAME),
     (DerivedFromConvNd, "parametrize", SAME, SAME),
     (Contained, "parametrize", SAME, SAME),
@@ -118,9 +131,8 @@ def follows(host: Host, losses: list[float], bare: Host, bare_losses: list[float
 def test_the_mode_that_is_picked(host_class: type[Host], picked: str) -> None:
     host = host_class()
     assert hbnn_plugin.plan(host.net, where=host.where).mode == picked
-    if host_class is not CapturedLater:  # which is then seen
-        host.train(1)
-        assert hbnn_plugin.plan(host.net, where=host.where).mode == picked
+    host.train(1)
+    assert hbnn_plugin.plan(host.net, where=host.where).mode == picked
 
 
 @lost_edits_may_warn
@@ -147,7 +159,8 @@ def test_what_becomes_of_the_training(host_class: type[Host], mode: str, outcome
 def test_points_move_by_the_default_setting(host_class: type[Host], mode: str) -> None:
     host = applied(host_class, mode)
     start = points(host.net)
-    assert torch.tensor(host.train()).isfinite().all()
+    with reading_grad_of_a_computed_weight():
+        assert torch.tensor(host.train()).isfinite().all()
     assert len(start) == 2
     for name, epc in clusters(host.net).items():
         assert epc.point.isfinite().all() and not torch.equal(epc.point, start[name])
@@ -171,10 +184,11 @@ def test_under_parametrize_a_write_into_the_weight_after_a_step_is_lost_with_a_w
 
 
 @pytest.mark.parametrize("mode", ["parametrize", "inplace"])
-def test_a_captured_weight_is_binary_in_the_forward_in_place_only(mode: str) -> None:
-    host = applied(Captured, mode)
+@pytest.mark.parametrize("host_class", [Captured, AuxiliaryCopies])
+def test_what_a_trainer_makes_binary_is_so_in_the_forward_in_place_only(host_class: type[Captured], mode: str) -> None:
+    host = applied(host_class, mode)
     host.train(2)
-    host.bin_op.binarization()
+    host.binarize()
     weights = [host.net.get_submodule(name).conv.weight.detach() for name in BINARY_LAYERS]
     assert [is_two_valued(w) for w in weights] == [mode == "inplace"] * 2
 
@@ -237,6 +251,11 @@ def test_reading_the_weight_is_no_edit(read: object) -> None:
     assert hbnn_plugin.plan(tiny_net(touching(read))).reason is None
 
 
+def test_a_model_that_is_about_to_be_binarized_has_no_reason() -> None:
+    made = hbnn_plugin.plan(tiny_net(nn.Conv2d), binarize="1/1")
+    assert (made.mode, made.reason) == ("parametrize", None)
+
+
 def test_initializing_the_weight_is_no_edit() -> None:
     assert hbnn_plugin.plan(tiny_net(OldStyleConv)).reason is None
 
@@ -261,6 +280,26 @@ def test_hosts_that_touch_nothing_have_no_reason(name: str) -> None:
     made = hbnn_plugin.plan(net)
     assert (len(made), made.mode, made.reason) == (2, "parametrize", None)
     assert hbnn_plugin.plan(average.module).reason is None
+
+
+def test_looking_at_a_layer_leaves_no_trace_on_it() -> None:
+    net = tiny_net(CountingConv)
+    before = net.conv1.code
+    hbnn_plugin.apply(net)
+    for conv in (net.conv1, net.conv2):
+        assert not conv.code.any() and not conv.calls and not conv.largest
+        assert (conv.seen, conv.step, hasattr(conv, "latest")) == ([], 0, False)
+    assert net.conv1.code is before
+
+
+def test_no_warning_where_an_object_holds_the_weight_and_a_true_one_where_none_does() -> None:
+    host = Captured()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hbnn_plugin.apply(host.net, where=host.where)
+    host = CapturedLater()
+    with pytest.warns(UserWarning, match="two-valued weight. If your trainer makes it binary .* in-place mode honours"):
+        hbnn_plugin.apply(host.net, where=host.where)
 
 
 def test_apply_leaves_no_trace_on_a_weight_that_a_forward_marks() -> None:

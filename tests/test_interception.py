@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from torch import nn
 from torch.nn.parallel import DataParallel
 from torch.optim import SGD, Adam
 
 from hbnn_plugin.cluster import find
+from hbnn_plugin.inplace import InPlace
 from hbnn_plugin.interception import Interception
 from hbnn_plugin.selection import by_name
 from tiny_hosts import IrConv, TinyNet, clusters, points, tiny_net, train
@@ -22,12 +25,34 @@ from tiny_hosts import IrConv, TinyNet, clusters, points, tiny_net, train
 def watch() -> Iterator[Interception]:
     said: list[str] = []
     taken = Interception({}, said.append)
-    before = (torch.optim.Optimizer.__init__, DataParallel.__init__, torch.save)
+    before = originals()
     taken.start()
     yield taken
     taken.stop()
-    assert (torch.optim.Optimizer.__init__, DataParallel.__init__, torch.save) == before
+    assert originals() == before
     assert len(said) == len(taken.models)  # a plan for each
+
+
+def originals() -> list[object]:
+    kept: list[object] = [torch.optim.Optimizer.__init__, DataParallel.__init__, torch.save]
+    return [*kept, fsdp().fully_shard, torch.distributed.fsdp.FullyShardedDataParallel.__init__]
+
+
+def fsdp() -> Any:
+    """Where this torch has fully_shard."""
+    if hasattr(torch.distributed.fsdp, "fully_shard"):
+        return torch.distributed.fsdp
+    from torch.distributed._composable import fsdp  # noqa: PLC0415  # torch < 2.6
+
+    return fsdp
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[None]:
+    """One process that calls itself a group."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def test_the_first_optimizer_brings_the_cluster(watch: Interception) -> None:
@@ -83,6 +108,42 @@ def test_a_wrapper_comes_first(watch: Interception) -> None:
     assert list(clusters(net)) == ["conv1", "conv2"]
     SGD(wrapped.parameters(), lr=0.1)
     assert watch.models == [net]
+
+
+@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+def test_apply_comes_before_the_first_part_is_sharded(watch: Interception, world: None, mode: str) -> None:
+    watch.options = {"mode": mode}
+    net, plain = tiny_net(IrConv), nn.Sequential(nn.Linear(3, 3))
+    parts = [plain, net.stem, [net.conv1, net.bn1], net.conv2, net]
+    for part in parts:  # the first of them have nothing binary in them
+        fsdp().fully_shard(part)
+    assert watch.models == [net]
+    assert [isinstance(epc, InPlace) for epc in clusters(net).values()] == [mode == "inplace"] * 2
+    train(net, SGD(net.parameters(), lr=0.1), 2)
+    assert all(bool(p.any()) for p in points(net).values())
+
+
+def test_fsdp_of_old_is_refused_and_leaves_other_models_alone(watch: Interception, world: None) -> None:
+    net = tiny_net(IrConv)
+    with pytest.raises(ValueError, match=r"flattens the weights of TinyNet.*fully_shard"):
+        torch.distributed.fsdp.FullyShardedDataParallel(net, device_id=torch.device("cpu"))
+    assert not clusters(net)
+    torch.distributed.fsdp.FullyShardedDataParallel(
+        nn.Linear(3, 3),
+        device_id=torch.device("cpu"),
+        sharding_strategy=torch.distributed.fsdp.ShardingStrategy.NO_SHARD,
+    )
+    assert watch.models == []
+
+
+def test_a_model_is_binarized_and_its_optimizer_holds_the_same_weights(watch: Interception) -> None:
+    watch.options = {"binarize": "1/1"}
+    net, other = tiny_net(nn.Conv2d), nn.Sequential(nn.Conv2d(2, 2, 3))  # nothing in this one
+    SGD(other.parameters(), lr=0.1)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    assert watch.models == [net]
+    train(net, optimizer, 2)
+    assert len(points(net)) == 2 and all(bool(p.any()) for p in points(net).values())
 
 
 def test_the_outermost_module_gives_the_names() -> None:

@@ -96,19 +96,19 @@ def test_a_script_its_exit_status_its_output_and_a_report(folder: Path) -> None:
     flips = json.loads((folder / "report" / "flips.json").read_text())
     assert list(flips["layers"]) == ["1"]
     assert flips["layers"]["1"]["steps"] == 3
+    assert "1.weight_epc.point" in torch.load(folder / "last.pth", weights_only=True)["state_dict"]
     assert (folder / "report" / "flips.png").read_bytes().startswith(b"\x89PNG")
     fused = torch.load(folder / "report" / "fused" / "last.pth", weights_only=True)
     assert "1.weight" in fused["state_dict"]
-    assert not any("parametrizations" in key for key in fused["state_dict"])
+    assert not any("_epc" in key for key in fused["state_dict"])
     assert fused["epoch"] == 1
     assert not [path for path in (folder / "report").rglob("*") if path.name.startswith(".")]
 
 
 def test_a_module_with_relative_imports(folder: Path) -> None:
-    done = run(folder, "--mode", "inplace", "-m", "package.train", "--steps", "1")
+    done = run(folder, "--mode", "parametrize", "-m", "package.train", "--steps", "1")
     assert (done.returncode, done.stdout) == (0, "step 0\n"), done.stderr
-    assert "mode='inplace'" in done.stderr
-    assert "1.weight_epc.point" in torch.load(folder / "last.pth", weights_only=True)["state_dict"]
+    assert "1.parametrizations.weight.0.point" in torch.load(folder / "last.pth", weights_only=True)["state_dict"]
 
 
 def test_an_interrupt_is_the_scripts_own_and_the_report_is_written(folder: Path) -> None:

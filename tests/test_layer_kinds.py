@@ -14,6 +14,7 @@ from torch.optim import SGD
 
 import hbnn_plugin
 from hbnn_plugin import by_class
+from hbnn_plugin.cluster import find
 from tiny_hosts import (
     HardBinaryConv,
     HostConv,
@@ -29,6 +30,8 @@ from tiny_hosts import (
     train,
 )
 
+each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+
 
 def tied_net(host: type[HostConv]) -> nn.Sequential:
     torch.manual_seed(3)
@@ -39,17 +42,18 @@ def tied_net(host: type[HostConv]) -> nn.Sequential:
     return nn.Sequential(net, nn.Flatten(), nn.LazyLinear(4))
 
 
+@each_mode
 @pytest.mark.parametrize("host", [IrConv, RecuConv, SimanConv])
-def test_tied_weights_share_their_point_train_and_fuse(host: type[HostConv]) -> None:
+def test_tied_weights_share_their_point_train_and_fuse(host: type[HostConv], mode: str) -> None:
     net = tied_net(host)
     net(batch()[0])
     before = net(batch()[0])
-    hbnn_plugin.apply(net)
+    hbnn_plugin.apply(net, mode=mode)
     a, b, other = (net[0][i] for i in (1, 2, 3))
     assert torch.equal(net(batch()[0]), before)
-    assert a.parametrizations.weight is b.parametrizations.weight
-    assert a.parametrizations.weight is not other.parametrizations.weight
-    parameter = a.parametrizations.weight.original
+    (of_a,), (of_b,), (of_other,) = (find(layer).values() for layer in (a, b, other))
+    assert of_a is of_b is not of_other
+    parameter = of_a.parameter
     optimizer = SGD(net.parameters(), lr=1e-3)
     for seed in range(2):
         optimizer.zero_grad()
@@ -57,7 +61,7 @@ def test_tied_weights_share_their_point_train_and_fuse(host: type[HostConv]) -> 
         F.cross_entropy(net(x), y).backward()
         optimizer.step()
         assert torch.equal(a.weight, b.weight)
-    assert int(a.parametrizations.weight[0].steps) == 2
+    assert int(of_a.steps) == 2
     assert all(epc.point.flatten(1).any(1).all() for epc in clusters(net).values())
     assert len(hbnn_plugin.flip_ratio(net)) == 3
     x = batch(5)[0]
@@ -119,8 +123,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 @pytest.mark.parametrize(
     "options", [{}, {"relative": True, "rule": "riemannian"}, {"space": "sphere"}], ids=["ball", "relative", "sphere"]
 )
+@each_mode
 @pytest.mark.parametrize("kind", LAYERS)
-def test_every_kind_of_layer_has_a_point_for_each_output_unit(kind: str, options: dict[str, Any]) -> None:
+def test_every_kind_of_layer_has_a_point_for_each_output_unit(kind: str, options: dict[str, Any], mode: str) -> None:
     build, shape, units = LAYERS[kind]
     torch.manual_seed(0)
     layer = build()
@@ -135,7 +140,7 @@ def test_every_kind_of_layer_has_a_point_for_each_output_unit(kind: str, options
         expected.append(w[used != 0].norm())
     assert sum(e.square() for e in expected) == pytest.approx(float(w.square().sum()), rel=1e-5)
     before, keys, cls = layer(x), list(layer.state_dict()), type(layer)
-    hbnn_plugin.apply(layer, where=by_class(cls), **options)
+    hbnn_plugin.apply(layer, where=by_class(cls), mode=mode, **options)
     (epc,) = clusters(layer).values()
     assert epc.points == units
     if epc.scale is not None:
@@ -157,9 +162,33 @@ def test_every_kind_of_layer_has_a_point_for_each_output_unit(kind: str, options
     assert next(p for p in layer.parameters() if p.ndim > 1) is weight
 
 
+@each_mode
+@pytest.mark.parametrize("kind", LAYERS)
+def test_where_the_map_is_the_identity_every_kind_trains_as_it_does_alone(kind: str, mode: str) -> None:
+    build, shape, _ = LAYERS[kind]
+    trained = []
+    for applied in (False, True):
+        torch.manual_seed(0)
+        layer = build().double()
+        if applied:
+            hbnn_plugin.apply(layer, where=by_class(type(layer)), mode=mode, radius=1e-12, rule="fixed")
+        optimizer = SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+        for seed in range(3):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            optimizer.zero_grad()
+            layer(x).square().mean().backward()
+            optimizer.step()
+        trained.append(layer)
+    bare, layer = trained
+    hbnn_plugin.fuse(layer)
+    for key, value in bare.state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[key], value, rtol=1e-8, atol=1e-10)
+
+
+@each_mode
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_points_are_float32_or_better(dtype: torch.dtype) -> None:
-    net = hbnn_plugin.apply(tiny_net(dtype=dtype))
+def test_points_are_float32_or_better(dtype: torch.dtype, mode: str) -> None:
+    net = hbnn_plugin.apply(tiny_net(dtype=dtype), mode=mode)
     assert {epc.point.dtype for epc in clusters(net).values()} == {
         torch.float64 if dtype == torch.float64 else torch.float32
     }

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim import lr_scheduler as lrs
 
 import hbnn_plugin
 from hbnn_plugin.recovery import recover
+from inplace_nets import agree, smooth
 from tiny_hosts import (
     BINARY_LAYERS,
     HardBinaryConv,
@@ -30,6 +29,8 @@ from tiny_hosts import (
     twin,
 )
 from training_helpers import F64, OPTIMIZERS, applied, equal, moved, oracle, points_of, steps
+
+each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
 
 # -- what a step is, from geoopt's formulas --------
 
@@ -52,7 +53,7 @@ def test_the_two_orders_differ_in_the_latents_only() -> None:
     one, other = (applied(SmoothConv, dtype=F64, radius=0.2, order=o) for o in ("simultaneous", "alternating"))
     for net in (one, other):
         train(net, SGD(net.parameters(), lr=1.0), 1)
-    assert equal(points(one), points(other))
+    torch.testing.assert_close(points(one), points(other), rtol=1e-12, atol=1e-15)
     gap = max(float((latents(one)[n] - latents(other)[n]).norm()) for n in BINARY_LAYERS)
     assert gap > 1e-6
 
@@ -60,13 +61,14 @@ def test_the_two_orders_differ_in_the_latents_only() -> None:
 # -- when the optimizer is built, and which --------
 
 
+@each_mode
 @pytest.mark.parametrize("kind", ["before", "rebuilt"])
-def test_it_does_not_matter_when_the_optimizer_is_built(kind: str) -> None:
-    reference = applied()
+def test_it_does_not_matter_when_the_optimizer_is_built(kind: str, mode: str) -> None:
+    reference = applied(mode=mode)
     train(reference, SGD(reference.parameters(), lr=0.1, weight_decay=1e-3), 4)
     net = tiny_net()
     optimizer = SGD(net.parameters(), lr=0.1, weight_decay=1e-3)
-    hbnn_plugin.apply(net)
+    hbnn_plugin.apply(net, mode=mode)
     train(net, optimizer, 2)
     if kind == "rebuilt":
         optimizer = SGD(net.parameters(), lr=0.1, weight_decay=1e-3)
@@ -75,24 +77,26 @@ def test_it_does_not_matter_when_the_optimizer_is_built(kind: str) -> None:
     assert steps(net) == [4, 4]
 
 
-def test_an_optimizer_of_adam_keeps_its_state_over_apply() -> None:
+@each_mode
+def test_an_optimizer_of_adam_keeps_its_state_over_apply(mode: str) -> None:
     """Built and used before apply: the latent keeps its identity, its shape, its place."""
     net = tiny_net(HardBinaryConv)
     optimizer = Adam(net.parameters(), lr=0.01)
     train(net, optimizer, 2)
     held = [id(p) for g in optimizer.param_groups for p in g["params"]]
-    hbnn_plugin.apply(net)
+    hbnn_plugin.apply(net, mode=mode)
     assert sorted(held) == sorted(id(p) for p in net.parameters())
     train(net, optimizer, 2, first=2)
     assert steps(net) == [2, 2]
 
 
+@each_mode
 @pytest.mark.parametrize("variant", ["foreach", "fused"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_foreach_and_fused_step_the_points_as_the_plain_loop_does(name: str, variant: str) -> None:
+def test_foreach_and_fused_step_the_points_as_the_plain_loop_does(name: str, variant: str, mode: str) -> None:
     nets = []
     for options in ({"foreach": False}, {variant: True}):
-        net = applied(SmoothConv, dtype=F64)
+        net = applied(SmoothConv, dtype=F64, mode=mode)
         train(net, OPTIMIZERS[name](net.parameters(), **options), 4)
         nets.append(net)
     one, other = map(points, nets)
@@ -102,13 +106,23 @@ def test_foreach_and_fused_step_the_points_as_the_plain_loop_does(name: str, var
     assert steps(nets[1]) == [4, 4]
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_takes_the_same_steps_in_both_modes(name: str) -> None:
+    one, other = smooth("inplace"), smooth("parametrize")
+    for net in (one, other):
+        train(net, OPTIMIZERS[name](net.parameters()), 4)
+    assert agree(one, other)
+    assert not agree(one, smooth("inplace"))
+
+
+@each_mode
 @pytest.mark.parametrize("channels", [2, 8, 512])
 @pytest.mark.parametrize("optimizer_class", [Adam, AdamW])
 def test_under_adam_the_coordinates_of_a_point_move_by_about_the_rate(
-    optimizer_class: type[Optimizer], channels: int
+    optimizer_class: type[Optimizer], channels: int, mode: str
 ) -> None:
     torch.manual_seed(0)
-    layer = hbnn_plugin.apply(IrConv(channels, 3, 3), where=hbnn_plugin.by_class(IrConv))
+    layer = hbnn_plugin.apply(IrConv(channels, 3, 3), where=hbnn_plugin.by_class(IrConv), mode=mode)
     optimizer = optimizer_class(layer.parameters(), lr=1e-3)
     (1e-3 * layer(torch.randn(2, channels, 5, 5)).square().mean()).backward()
     optimizer.step()
@@ -121,9 +135,10 @@ def test_under_adam_the_coordinates_of_a_point_move_by_about_the_rate(
 # -- what is done to gradients --------
 
 
+@each_mode
 @pytest.mark.parametrize("set_to_none", [False, True])
-def test_accumulated_gradients_are_the_gradient_of_the_sum(set_to_none: bool) -> None:
-    one, other = (applied(SmoothConv, dtype=F64).eval() for _ in range(2))
+def test_accumulated_gradients_are_the_gradient_of_the_sum(set_to_none: bool, mode: str) -> None:
+    one, other = (applied(SmoothConv, dtype=F64, mode=mode).eval() for _ in range(2))
     optimizers = [SGD(net.parameters(), lr=0.1) for net in (one, other)]
     for round_ in range(2):
         for optimizer in optimizers:
@@ -133,9 +148,26 @@ def test_accumulated_gradients_are_the_gradient_of_the_sum(set_to_none: bool) ->
         loss_of(other, round_ + 5).backward()
         for optimizer in optimizers:
             optimizer.step()
-    for name in BINARY_LAYERS:
-        torch.testing.assert_close(points(one)[name], points(other)[name], rtol=1e-9, atol=1e-12)
+    assert agree(one, other)
     assert steps(other) == [2, 2]
+
+
+@each_mode
+def test_a_clipped_gradient_moves_points_and_latents_by_what_is_left_of_it(mode: str) -> None:
+    """The norm is over what parameters() hold: latents' gradients under a parametrization, weights' in place."""
+    net = smooth(mode)
+    train(net, SGD(net.parameters(), lr=0.1), 2)
+    net.zero_grad()
+    loss_of(net, 3).backward()
+    by_hand, untouched = twin(net), twin(net)
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+    assert norm > 0.02, "nothing was clipped"
+    for p in by_hand.parameters():
+        p.grad.mul_(0.01 / (norm + 1e-6))
+    for model in (net, by_hand, untouched):
+        SGD(model.parameters(), lr=0.1).step()
+    assert agree(net, by_hand)
+    assert not agree(net, untouched)
 
 
 def test_points_are_neither_parameters_nor_part_of_the_gradient_norm() -> None:
@@ -156,43 +188,46 @@ def test_points_are_neither_parameters_nor_part_of_the_gradient_norm() -> None:
         torch.testing.assert_close(other, one * 0.01 / (norm + 1e-6), rtol=1e-9, atol=0)
 
 
-def test_a_nan_in_the_gradient_reaches_no_point() -> None:
-    for optimizer_class in (SGD, Adam):
-        net = applied()
-        optimizer = optimizer_class(net.parameters(), lr=0.1)
-        train(net, optimizer, 1)
-        loss_of(net, 1).backward()
-        clusters(net)["conv1"].parameter.grad[2, 0, 1, 1] = torch.nan
-        clusters(net)["conv1"].parameter.grad[4, 1, 1, 1] = torch.inf
-        before = points(net)
-        optimizer.step()
-        after = points(net)
-        changed = [not torch.equal(a, b) for a, b in zip(after["conv1"], before["conv1"])]
-        assert changed == [True, True, False, True, False]
-        assert all(p.isfinite().all() for p in after.values())
-        assert moved(net, before) == list(BINARY_LAYERS)
+@each_mode
+@pytest.mark.parametrize("optimizer_class", [SGD, Adam])
+def test_a_nan_in_the_gradient_reaches_no_point(optimizer_class: type[Optimizer], mode: str) -> None:
+    net = applied(mode=mode)
+    optimizer = optimizer_class(net.parameters(), lr=0.1)
+    train(net, optimizer, 1)
+    loss_of(net, 1).backward()
+    clusters(net)["conv1"].parameter.grad[2, 0, 1, 1] = torch.nan
+    clusters(net)["conv1"].parameter.grad[4, 1, 1, 1] = torch.inf
+    before = points(net)
+    optimizer.step()
+    after = points(net)
+    changed = [not torch.equal(a, b) for a, b in zip(after["conv1"], before["conv1"])]
+    assert changed == [True, True, False, True, False]
+    assert all(p.isfinite().all() for p in after.values())
+    assert moved(net, before) == list(BINARY_LAYERS)
 
 
-def test_frozen_latents_keep_their_points() -> None:
-    net = applied()
+@each_mode
+def test_frozen_latents_keep_their_points(mode: str) -> None:
+    net = applied(mode=mode)
     clusters(net)["conv1"].parameter.requires_grad_(False)
     before = state(net)
     train(net, SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1), 3)
     assert moved(net, points_of(before)) == ["conv2"]
-    assert torch.equal(net.conv1.weight, applied().conv1.weight)
+    assert torch.equal(net.conv1.weight, applied(mode=mode).conv1.weight)
 
 
+@each_mode
 @pytest.mark.parametrize(
     "optimizer", [partial(SGD, lr=0.5, weight_decay=0.5, momentum=0.9), partial(AdamW, lr=0.1, weight_decay=1.0)]
 )
-def test_no_optimizer_decays_or_moves_a_point_by_itself(optimizer: Callable[..., Optimizer]) -> None:
-    fixed = applied(rule="fixed", start=0.3)
+def test_no_optimizer_decays_or_moves_a_point_by_itself(optimizer: Callable[..., Optimizer], mode: str) -> None:
+    fixed = applied(rule="fixed", start=0.3, mode=mode)
     before = points(fixed)
     assert all(p.norm() > 0 for p in before.values())
     train(fixed, optimizer(fixed.parameters()), 3)
     assert moved(fixed, before) == []
-    assert not torch.equal(fixed.conv1.weight, applied(rule="fixed", start=0.3).conv1.weight)
-    net = applied(start=0.3)
+    assert not torch.equal(fixed.conv1.weight, applied(rule="fixed", start=0.3, mode=mode).conv1.weight)
+    net = applied(start=0.3, mode=mode)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     before = points(net)
@@ -202,8 +237,9 @@ def test_no_optimizer_decays_or_moves_a_point_by_itself(optimizer: Callable[...,
     assert not equal(latents(net), latents_before), "weight decay did nothing at all"
 
 
-def test_zeroed_gradients_move_no_point_and_missing_ones_neither() -> None:
-    net = applied()
+@each_mode
+def test_zeroed_gradients_move_no_point_and_missing_ones_neither(mode: str) -> None:
+    net = applied(mode=mode)
     optimizer = SGD(net.parameters(), lr=0.1)
     train(net, optimizer, 2)
     before = points(net)
@@ -217,42 +253,10 @@ def test_zeroed_gradients_move_no_point_and_missing_ones_neither() -> None:
 
 # -- rates --------
 
-SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
-    "StepLR": lambda o: lrs.StepLR(o, 1, 0.5),
-    "LambdaLR": lambda o: lrs.LambdaLR(o, lambda epoch: 1 / (1 + epoch)),
-    "ExponentialLR": lambda o: lrs.ExponentialLR(o, 0.7),
-    "CosineAnnealingLR": lambda o: lrs.CosineAnnealingLR(o, 5),
-    "CosineAnnealingWarmRestarts": lambda o: lrs.CosineAnnealingWarmRestarts(o, 3),
-    "OneCycleLR": lambda o: lrs.OneCycleLR(o, 0.2, total_steps=6),
-    "CyclicLR": lambda o: lrs.CyclicLR(o, 0.01, 0.1, step_size_up=2),
-    "ReduceLROnPlateau": lambda o: lrs.ReduceLROnPlateau(o, patience=0, factor=0.3),
-    "SequentialLR": lambda o: lrs.SequentialLR(
-        o, [lrs.LinearLR(o, 0.2, total_iters=2), lrs.PolynomialLR(o, 4)], milestones=[2]
-    ),
-}
 
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_points_rate_follows_the_schedule(name: str) -> None:
-    net = applied()
-    optimizer = SGD([{"params": net.parameters(), "lr": 0.1}], lr=0.1, momentum=0.9)
-    scheduler = SCHEDULERS[name](optimizer)
-    rates = []
-    for seed in range(4):
-        optimizer.zero_grad()
-        loss_of(net, seed).backward()
-        rate = optimizer.param_groups[0]["lr"]
-        rates.append(rate)
-        reference = twin(net)
-        SGD(reference.parameters(), lr=rate).step()
-        optimizer.step()
-        scheduler.step(1.0) if name == "ReduceLROnPlateau" else scheduler.step()
-        assert equal(points(net), points(reference))
-    assert len({round(rate, 6) for rate in rates}) > 1
-
-
-def test_each_points_rate_is_that_of_its_weights_group_times_point_lr() -> None:
-    net = applied(point_lr=0.5)
+@each_mode
+def test_each_points_rate_is_that_of_its_weights_group_times_point_lr(mode: str) -> None:
+    net = applied(point_lr=0.5, mode=mode)
     loss_of(net, 0).backward()
     slow, fast, halted = (twin(net) for _ in range(3))
     SGD(slow.parameters(), lr=0.02).step()
@@ -271,8 +275,9 @@ def test_each_points_rate_is_that_of_its_weights_group_times_point_lr() -> None:
     assert not any(p.any() for p in points(halted).values())
 
 
-def test_a_tensor_as_learning_rate() -> None:
-    one, other = applied(), applied()
+@each_mode
+def test_a_tensor_as_learning_rate(mode: str) -> None:
+    one, other = applied(mode=mode), applied(mode=mode)
     train(one, Adam(one.parameters(), lr=0.01), 2)
     train(other, Adam(other.parameters(), lr=torch.tensor(0.01), foreach=False), 2)
     for name in BINARY_LAYERS:

@@ -1,144 +1,151 @@
-"""torch's own tools on an applied model: compile, functional_call, vmap, export, autocast, deepcopy."""
+"""torch's own tools on an applied model, in both modes: functional_call, vmap, export, half precision, copies."""
 
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
 
 import hbnn_plugin
-from hbnn_plugin.cluster import find
-from tiny_hosts import IrConv, ScaledConv, SmoothConv, TinyNet
+from tiny_hosts import (
+    BINARY_LAYERS,
+    IrConv,
+    ScaledConv,
+    SmoothConv,
+    batch,
+    clusters,
+    latents,
+    points,
+    same_state,
+    state,
+    tiny_net,
+    train,
+)
+from training_helpers import applied, moved, output, saved, steps
+
+each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
 
 
-def applied(conv_class: type = IrConv, **options: object) -> TinyNet:
-    torch.manual_seed(0)
-    return hbnn_plugin.apply(TinyNet(conv_class), **options)  # type: ignore[arg-type]
+def weights(net: nn.Module) -> dict[str, Tensor]:
+    return {name: net.get_submodule(name).weight.detach().clone() for name in BINARY_LAYERS}
 
 
-def batch(n: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(n, 3, 6, 6, generator=generator), torch.randint(0, 4, (n,), generator=generator)
+# -- torch.func --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"per": "layer", "relative": True}, {"space": "sphere"}])
-def test_a_compiled_model_trains_as_the_eager_one_in_one_graph(options: dict[str, object]) -> None:
-    x, y = batch()
-    results = []
-    for compiled in (False, True):
-        model = applied(ScaledConv, **options)
-        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        for _ in range(2):
-            optimizer.zero_grad()
-            F.cross_entropy(run(x), y).backward()
-            optimizer.step()
-        results.append({k: v for k, v in model.state_dict().items() if v.is_floating_point()})
-    for key, value in results[0].items():
-        assert torch.allclose(value, results[1][key], rtol=1e-4, atol=1e-5), key
-    moved = find(model.conv1)["weight"]
-    assert int(moved.steps) == 2
-
-
-@pytest.mark.filterwarnings("ignore:.*two-valued")
-def test_functional_call_and_vmap_over_an_ensemble_of_latents() -> None:
-    model = applied(SmoothConv).eval()
+@each_mode
+def test_functional_call_and_vmap_over_an_ensemble_of_parameters(mode: str) -> None:
+    """Latents under a parametrization, the weights themselves in place."""
+    net = applied(SmoothConv, mode=mode)
+    train(net, SGD(net.parameters(), lr=0.5), 2)
+    net.eval()
     x, _ = batch()
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    buffers = {name: b for name, b in model.named_buffers()}
-    assert torch.equal(torch.func.functional_call(model, {**parameters, **buffers}, (x,)), model(x))
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    buffers = dict(net.named_buffers())
+    assert torch.equal(torch.func.functional_call(net, {**parameters, **buffers}, (x,)), net(x))
     shifted = {name: torch.stack([p, 1.1 * p, p + 0.01]) for name, p in parameters.items()}
 
-    def forward(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.func.functional_call(model, {**parameters, **buffers}, (x,))
+    def forward(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(net, {**parameters, **buffers}, (x,))
 
     ensemble = torch.func.vmap(forward)(shifted)
     for i in range(3):
         assert torch.allclose(ensemble[i], forward({n: p[i] for n, p in shifted.items()}), atol=1e-5)
+    for name, epc in clusters(net).items():  # what the second of them convolved with
+        original = f"{name}.parametrizations.weight.original" if mode == "parametrize" else f"{name}.weight"
+        second = shifted[original][1]
+        expected = epc.weight_of(second) if mode == "parametrize" else second
+        with torch.no_grad():
+            epc.parameter.copy_(second)
+        assert torch.equal(weights(net)[name], expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*two-valued")
-def test_per_sample_gradients_of_latents() -> None:
-    model = applied(SmoothConv).eval()
-    x, y = batch(4)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+@each_mode
+def test_per_sample_gradients(mode: str) -> None:
+    net = applied(SmoothConv, mode=mode).eval()
+    x, y = batch(n=4)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
 
-    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(torch.func.functional_call(model, parameters, (x[None],)), y[None])
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(net, parameters, (x[None],)), y[None])
 
     each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y)
-    F.cross_entropy(model(x), y).backward()
-    for name, parameter in model.named_parameters():
+    F.cross_entropy(net(x), y).backward()
+    for name, parameter in net.named_parameters():
         assert torch.allclose(each[name].mean(0), parameter.grad, rtol=1e-3, atol=1e-6), name
 
 
-def test_a_fused_model_exports() -> None:
-    model = applied().eval()
-    hbnn_plugin.fuse(model)
-    x, _ = batch()
-    exported = torch.export.export(model, (x,))
-    assert torch.allclose(exported.module()(x), model(x), atol=1e-5)
+# -- export ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_applied_model_exports() -> None:
-    model = applied(ScaledConv).eval()
-    x, _ = batch()
-    exported = torch.export.export(model, (x,))
-    assert torch.allclose(exported.module()(x), model(x), atol=1e-5)
+@each_mode
+@pytest.mark.parametrize("finish", [hbnn_plugin.fuse, lambda net: net], ids=["fused", "applied"])
+@pytest.mark.parametrize("conv", [IrConv, ScaledConv])
+def test_trained_models_export(conv: Any, finish: Callable[[nn.Module], nn.Module], mode: str) -> None:
+    net = applied(conv, mode=mode)
+    train(net, SGD(net.parameters(), lr=0.5), 2)
+    expected = output(net)
+    exported = torch.export.export(finish(net), (batch(9)[0],))
+    assert torch.allclose(exported.module()(batch(9)[0]), expected, atol=1e-5)
+    assert bool(list(exported.buffers())) and len(list(exported.parameters())) == len(list(tiny_net(conv).parameters()))
 
 
-def test_autocast_leaves_the_map_in_float32() -> None:
-    model = applied()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(model.conv1.weight, applied().conv1.weight)
-        assert model.conv1.weight.dtype == torch.float32
+# -- dtypes and layouts ------------------------------------------------------------------------------------------------
 
 
+@each_mode
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_have_points_in_float32(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = hbnn_plugin.apply(TinyNet(IrConv).to(dtype))
-    epc = find(model.conv1)["weight"]
-    assert model.conv1.weight.dtype == dtype
-    assert epc.point.dtype == torch.float32
-    latent = epc.parameter
-    latent.grad = torch.full_like(latent, 0.01)
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
-    assert float(epc.point.abs().max()) > 0
-    assert bool(epc.point.isfinite().all())
+def test_half_precision_weights_have_points_in_float32(dtype: torch.dtype, mode: str) -> None:
+    net = hbnn_plugin.apply(tiny_net(dtype=dtype), mode=mode)
+    assert net.conv1.weight.dtype == dtype
+    before = latents(net)
+    for epc in clusters(net).values():
+        assert epc.point.dtype == torch.float32
+        epc.parameter.grad = torch.full_like(epc.parameter, 0.01)
+    SGD(net.parameters(), lr=0.1).step()
+    for name, epc in clusters(net).items():
+        assert epc.point.any() and epc.point.isfinite().all()
+        assert latents(net)[name].dtype == dtype and not torch.equal(latents(net)[name], before[name])
+        assert net.get_submodule(name).weight.dtype == dtype
 
 
-def test_moving_to_another_dtype_keeps_training() -> None:
-    model = applied(ScaledConv).double()
-    x, y = batch()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    F.cross_entropy(model(x.double()), y).backward()
-    optimizer.step()
-    assert find(model.conv1)["weight"].point.dtype == torch.float64
-    assert int(find(model.conv1)["weight"].steps) == 1
-
-
-def test_channels_last_changes_nothing() -> None:
-    x, y = batch()
-    points = []
+@each_mode
+def test_channels_last_changes_nothing(mode: str) -> None:
+    found = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        model = applied(ScaledConv).to(memory_format=memory_format)  # type: ignore[call-overload]
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        points.append(find(model.conv2)["weight"].point)
-    assert torch.allclose(points[0], points[1], atol=1e-6)
+        net = applied(ScaledConv, mode=mode).to(memory_format=memory_format)
+        train(net, SGD(net.parameters(), lr=0.05), 2)
+        found.append({**points(net), **{f"{k}.v": v for k, v in latents(net).items()}})
+    for name, value in found[0].items():
+        assert torch.allclose(found[1][name], value, atol=1e-6)
+    assert found[0]["conv1"].any()
 
 
-def test_a_deepcopy_shares_nothing() -> None:
-    model = applied(ScaledConv)
-    other = copy.deepcopy(model)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    x, y = batch()
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.05)
-    F.cross_entropy(other(x), y).backward()
-    optimizer.step()
-    assert float(find(other.conv1)["weight"].point.abs().max()) > 0
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+# -- copies and files --------------------------------------------------------------------------------------------------
+
+
+@each_mode
+def test_a_deepcopy_shares_nothing(mode: str) -> None:
+    net = applied(ScaledConv, mode=mode)
+    other = copy.deepcopy(net)
+    before, start = state(net), points(other)
+    train(other, SGD(other.parameters(), lr=0.05), 1)
+    assert moved(other, start) == list(BINARY_LAYERS)
+    assert same_state(state(net), before)
+
+
+def test_a_whole_model_under_a_parametrization_is_refused_by_pickle_with_the_mend() -> None:
+    """In-place it works: :mod:`test_inplace`."""
+    net = applied()
+    with pytest.raises(RuntimeError, match=r"only supported through state_dict\(\)"):
+        pickle.dumps(net)
+    assert steps(net) == [0, 0]
+    applied(seed=1).load_state_dict(saved(net.state_dict()))
+    pickle.dumps(hbnn_plugin.fuse(net))
