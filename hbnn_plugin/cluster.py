@@ -11,6 +11,7 @@ import json
 import math
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -53,7 +54,7 @@ def find(module: nn.Module) -> dict[str, EPC]:
     return found
 
 
-class EPC(nn.Module):
+class EPC(nn.Module, ABC):
     r"""weight = exp_p(v) for a latent v and one point p a filter or a layer ([HBNN] Eq. 6).
 
     The point is a buffer, not a parameter: no optimizer can decay it, average it or count it in a norm, and nobody has
@@ -123,27 +124,28 @@ class EPC(nn.Module):
     # -- what a mode supplies ----------------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def registered(self) -> bool:
         """Whether this cluster sits in a host."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def parameter(self) -> nn.Parameter:
         """The Parameter that the optimizer knows; while it steps, it holds the latent v."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bypassed(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the host's weight is the latent itself."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attach(self, module: nn.Module, tensor_name: str) -> None:
         """Sit on the module's weight; called again for each layer whose weight is tied to it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def detach_from(self, layers: Sequence[tuple[nn.Module, str]]) -> None:
         """Leave all of the layers that it sits on with a plain weight, exp_p(v) as it is now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def adopt(self, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
         """Let a checkpoint's plain weight, if there is one, load as if apply had been called on a model that held it.
 
@@ -152,7 +154,6 @@ class EPC(nn.Module):
             prefix: of the layer's keys.
             tensor_name: of the weight.
         """
-        raise NotImplementedError
 
     # -- the map -----------------------------------------------------------------------------------------------------
 

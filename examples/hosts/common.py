@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -38,7 +39,7 @@ class BinaryConvClass(Protocol):
     ) -> nn.Module: ...
 
 
-class BinaryConv(nn.Conv2d):
+class BinaryConv(nn.Conv2d, ABC):
     """Base of the hosts' convolutions: the common constructor and the promise of `binary_weight`."""
 
     def __init__(
@@ -51,10 +52,14 @@ class BinaryConv(nn.Conv2d):
         bias: bool = False,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
+        self.add_state()
 
+    def add_state(self) -> None:
+        """Register what the host keeps beside its weight: nothing, if it does not say otherwise."""
+
+    @abstractmethod
     def binary_weight(self) -> Tensor:
         """The tensor that forward convolves with: two values a filter, at the latest in evaluation."""
-        raise NotImplementedError
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryConv]]:

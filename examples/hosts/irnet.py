@@ -51,16 +51,7 @@ class BinaryConv2d(BinaryConv):
     k: Tensor
     t: Tensor
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
-        bias: bool = False,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias)
+    def add_state(self) -> None:
         self.register_buffer("k", torch.tensor(1 / T_MIN))
         self.register_buffer("t", torch.tensor(T_MIN))
 

@@ -36,17 +36,8 @@ class BinaryConv2d(BinaryConv):
 
     tau: Tensor
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
-        bias: bool = False,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias)
-        self.scale = nn.Parameter(torch.rand(out_channels, 1, 1))
+    def add_state(self) -> None:
+        self.scale = nn.Parameter(torch.rand(self.out_channels, 1, 1))
         self.register_buffer("tau", torch.tensor(TAU_MIN))
 
     def binary_weight(self) -> Tensor:

@@ -40,16 +40,7 @@ class BinaryConv2d(BinaryConv):
 
     percent: Tensor
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
-        bias: bool = False,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias)
+    def add_state(self) -> None:
         self.scale = nn.Parameter(self.weight.detach().abs().mean((1, 2, 3)).view(-1, 1, 1))
         self.register_buffer("percent", torch.tensor(PERCENT_START))
 
