@@ -37,14 +37,9 @@ def remove_batching(model: nn.Module) -> None:
 def _prepare_all(model: nn.Module, _: Any) -> None:
     if torch.compiler.is_compiling():  # a compiler fuses the scalars itself
         return
-    ready = [(epc, m) for epc in _clusters(model) if (m := epc.map_ahead()) is not None]
-    alike: dict[tuple[str, torch.device], list[int]] = {}
-    for i, (epc, m) in enumerate(ready):
-        alike.setdefault((epc.settings.space, m.latent.device), []).append(i)
-    for indices in alike.values():
-        space = ready[indices[0]][0].settings.geometry
-        for i, prepared in zip(indices, prepare([ready[i][1] for i in indices], space)):
-            ready[i][0].prepared = prepared
+    clusters = [epc for epc in _clusters(model) if epc.foresees_its_map]
+    for epc, prepared in zip(clusters, prepare([epc.map_of(epc.parameter.detach()) for epc in clusters])):
+        epc.prepared = prepared
 
 
 def _forget_all(model: nn.Module, *_: Any) -> None:

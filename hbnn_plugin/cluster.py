@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .ball import MARGIN
-from .epc import exp_map, log_map, mobius_scale
+from .epc import Map, exp_map, log_map, mobius_scale
 from .passes import combine, inner, scalar_dtype, working_dtype
 from .scalars import Radius
 from .settings import Settings
@@ -163,6 +163,11 @@ class EPC(nn.Module, ABC):
         if self.scale is None:
             return self.settings.radius
         return self.settings.radius / self.scale.to(scalar_dtype(self.scale.device)) ** 2
+
+    def map_of(self, latent: Tensor) -> Map:
+        """The map that makes a weight of the latent, in the logical shape; float32 or better."""
+        v = self.logical(whole(latent)).to(self.point.dtype)
+        return Map(self.point, v, self.radius, self.settings.geometry, self.dims)
 
     def weight_of(self, latent: Tensor) -> Tensor:
         """The weight exp_p(v): shape and dtype of the latent."""

@@ -147,6 +147,7 @@ def _undisturbed(module: nn.Module, weight: Tensor) -> Iterator[None]:
             for name, p in parameters.items():
                 if p is not None and (p is not weight or is_sharded(p)) and not is_lazy(p):
                     m._parameters[name] = nn.Parameter(whole(p).clone(), requires_grad=p.requires_grad)
+                    vars(m._parameters[name]).update(vars(p))
             vars(m).update({name: _copy(value) for name, value in plain.items() if name not in _MODULE_STATE})
         yield
     finally:

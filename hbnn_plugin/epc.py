@@ -24,7 +24,17 @@ from . import ball
 from .passes import Dims, combine, inner, working_dtype
 from .scalars import Radius, Slopes, Space
 
-__all__ = ["Map", "Prepared", "exp_map", "exp_map_prepared", "log_map", "mobius_add", "mobius_scale", "prepare"]
+__all__ = [
+    "Map",
+    "Prepared",
+    "exp_map",
+    "exp_map_prepared",
+    "log_map",
+    "mobius_add",
+    "mobius_scale",
+    "prepare",
+    "pull_back",
+]
 
 
 class Map(NamedTuple):
@@ -33,6 +43,7 @@ class Map(NamedTuple):
     point: Tensor
     latent: Tensor
     radius: Radius
+    space: Space
     dims: Dims
 
 
@@ -62,33 +73,74 @@ def _taming(v: Tensor, dims: Dims) -> Tensor:
 
 
 @torch.no_grad()
-def prepare(maps: Sequence[Map], space: Space) -> list[Prepared]:
-    """The scalars of several maps on one device, worked out together."""
-    outs = [torch.empty_like(m.latent) for m in maps]
-    careful = True
-    if outs[0].is_cpu:  # a CPU looks whether care is needed; elsewhere looking would cost a synchronisation
-        grams = [_gram(m.point, m.latent, m.dims, scratch=out) for m, out in zip(maps, outs)]
-        gram, radii = _joined(grams), _radii(maps, grams)
-        taming = torch.ones_like(gram[0])
-        careful = not bool(((gram.abs() < 1e200) & ~space.delicate(gram[0], radii)).all())
-    if careful:
-        tamings = [_taming(m.latent, m.dims) for m in maps]
-        grams = [_gram(m.point, m.latent * t, m.dims, exact=True) for m, t in zip(maps, tamings)]
-        gram, radii = _joined(grams), _radii(maps, grams)
-        taming = torch.cat([t.flatten() for t in tamings]).to(gram)
-    pp, vv, pv = gram
-    scalars = torch.stack([*space.exp_slopes(pp, vv, pv, radii), taming])
-    parts = scalars.split([g[0].numel() for g in grams], dim=1)
-    return [Prepared(part.reshape(-1, *g.shape[1:]), careful, out) for part, g, out in zip(parts, grams, outs)]
+def prepare(maps: Sequence[Map], out: Sequence[Tensor] | None = None) -> list[Prepared]:
+    """The scalars of several maps, worked out together as far as they share space and device.
+
+    ``out``: memory for their results, of the latents' shapes and dtypes; by default fresh.
+    """
+    alike: dict[tuple[int, torch.device], list[int]] = {}
+    for i, m in enumerate(maps):
+        alike.setdefault((id(m.space), m.latent.device), []).append(i)
+    made: dict[int, Prepared] = {}
+    for members in alike.values():
+        memory = [torch.empty_like(maps[i].latent) if out is None else out[i] for i in members]
+        made |= zip(members, _prepare_alike([maps[i] for i in members], memory))
+    return [made[i] for i in range(len(maps))]
 
 
-def _joined(scalars: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.flatten(1) for t in scalars], dim=1)
+def _prepare_alike(maps: Sequence[Map], out: Sequence[Tensor]) -> list[Prepared]:
+    careful = [True] * len(maps)
+    grams, tamings = [torch.empty(0)] * len(maps), [torch.empty(0)] * len(maps)
+    if out[0].is_cpu:  # a CPU looks whether care is needed; elsewhere looking would cost a synchronisation
+        grams = [_gram(m.point, m.latent, m.dims, scratch=memory) for m, memory in zip(maps, out)]
+        tamings = [torch.ones_like(g[0]) for g in grams]
+        easy = (_joined(grams).abs() < 1e200).all(0) & ~maps[0].space.delicate(_joined(grams)[0], _radii(maps, grams))
+        careful = [not bool(part.all()) for part in easy.split([t.numel() for t in tamings])]
+    for i, m in enumerate(maps):
+        if careful[i]:
+            taming = _taming(m.latent, m.dims)
+            grams[i] = _gram(m.point, m.latent * taming, m.dims, exact=True)
+            tamings[i] = taming.to(grams[i])
+    pp, vv, pv = _joined(grams)
+    slopes = maps[0].space.exp_slopes(pp, vv, pv, _radii(maps, grams))
+    scalars = torch.stack([*slopes, torch.cat([t.flatten() for t in tamings])])
+    parts = scalars.split([t.numel() for t in tamings], dim=1)
+    whole = [part.reshape(-1, *t.shape) for part, t in zip(parts, tamings)]
+    return [Prepared(*entry) for entry in zip(whole, careful, out)]
+
+
+def _joined(grams: Sequence[Tensor]) -> Tensor:
+    return torch.cat([g.flatten(1) for g in grams], dim=1)
 
 
 def _radii(maps: Sequence[Map], grams: Sequence[Tensor]) -> Tensor:
     wide = [torch.as_tensor(m.radius, dtype=g.dtype, device=g.device) for m, g in zip(maps, grams)]
     return torch.cat([radius.expand(g.shape[1:]).flatten() for radius, g in zip(wide, grams)])
+
+
+@torch.no_grad()
+def pull_back(of: Map, prepared: Prepared, upstream: Tensor) -> Tensor:
+    """∂L/∂v for ∂L/∂x, of a map that :func:`prepare` was called for; in its memory."""
+    *slopes, taming = prepared.scalars.unbind()
+    v = of.latent * taming.to(of.latent.dtype) if prepared.careful else of.latent
+    a, b = (inner(upstream, x, of.dims, scratch=prepared.out) for x in (of.point, v))
+    return _latent_gradient(Slopes(*slopes), taming, (a, b), (upstream, v, of.point), prepared.out)
+
+
+def _latent_gradient(
+    k: Slopes, taming: Tensor, ab: tuple[Tensor, Tensor], vectors: tuple[Tensor, ...], out: Tensor | None
+) -> Tensor:
+    """βG + 2(a α_V + b β_V) v + (a α_Q + b β_Q) p, for the vectors G, v and p."""
+    a, b = ab
+    own, cross = 2 * (a * k.alpha_v + b * k.beta_v), a * k.alpha_q + b * k.beta_q
+    return combine((taming * k.beta, taming * own, taming * cross), vectors, out=out)
+
+
+def _point_gradient(k: Slopes, ab: tuple[Tensor, Tensor], vectors: tuple[Tensor, ...], out: Tensor | None) -> Tensor:
+    """αG + 2(a α_P + b β_P) p + (a α_Q + b β_Q) v, for the vectors G, p and v."""
+    a, b = ab
+    own, cross = 2 * (a * k.alpha_p + b * k.beta_p), a * k.alpha_q + b * k.beta_q
+    return combine((k.alpha, own, cross), vectors, out=out)
 
 
 class _Exp(torch.autograd.Function):
@@ -98,7 +150,7 @@ class _Exp(torch.autograd.Function):
     def forward(
         p: Tensor, v: Tensor, prepared: Prepared | None, r: Radius, space: Space, dims: Dims
     ) -> tuple[Tensor, Tensor, bool]:
-        scalars, careful, out = prepared or prepare([Map(p, v, r, dims)], space)[0]
+        scalars, careful, out = prepared or prepare([Map(p, v, r, space, dims)])[0]
         if careful:
             v = v * scalars[8].to(v.dtype)
         return combine(scalars[:2].unbind(), (p, v), out=out), scalars, careful
@@ -123,15 +175,12 @@ class _Exp(torch.autograd.Function):
             k = ctx.space.exp_slopes(pp, vv, pv, ctx.r)
         else:
             spare = torch.empty_like(v)  # becomes a gradient in the end
-        a, b = inner(grad, p, dims, scratch=spare), inner(grad, v, dims, scratch=spare)
-        cross = a * k.alpha_q + b * k.beta_q
+        ab = inner(grad, p, dims, scratch=spare), inner(grad, v, dims, scratch=spare)
         grad_p = grad_v = None
         if ctx.needs_input_grad[1]:
-            own = 2 * (a * k.alpha_v + b * k.beta_v)
-            grad_v = combine((taming * k.beta, taming * own, taming * cross), (grad, v, p), out=spare)
-            spare = None
+            grad_v, spare = _latent_gradient(k, taming, ab, (grad, v, p), spare), None
         if ctx.needs_input_grad[0]:
-            grad_p = combine((k.alpha, 2 * (a * k.alpha_p + b * k.beta_p), cross), (grad, p, v), out=spare)
+            grad_p = _point_gradient(k, ab, (grad, p, v), spare)
         return grad_p, grad_v, None, None, None, None
 
     @staticmethod
@@ -179,9 +228,9 @@ def exp_map(p: Tensor, v: Tensor, radius: Radius, space: Space = ball, dims: Dim
     return x.to(v.dtype)
 
 
-def exp_map_prepared(of: Map, prepared: Prepared, space: Space) -> Tensor:
-    """:func:`exp_map` of a map for which :func:`prepare` was called, and whose vectors are the same still."""
-    x: Tensor = _Exp.apply(of.point, of.latent, prepared, of.radius, space, of.dims)[0]  # type: ignore[no-untyped-call]
+def exp_map_prepared(of: Map, prepared: Prepared) -> Tensor:
+    """:func:`exp_map` of a map that :func:`prepare` was called for, and whose vectors are the same still."""
+    x: Tensor = _Exp.apply(of.point, of.latent, prepared, of.radius, of.space, of.dims)[0]  # type: ignore[no-untyped-call]
     return x
 
 

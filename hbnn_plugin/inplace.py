@@ -1,7 +1,7 @@
 """In-place mode: the host keeps its own weight, class, keys and graph, and only an optimizer's step sees the latent.
 
 Outside of a step the host's weight holds x = exp_p(v), and the host may do to it what it likes. During a step, from
-:meth:`InPlace.enter` to :meth:`InPlace.leave`, it holds v and the gradient of v, for the user's optimizer to act on.
+:func:`enter` to :func:`leave`, it holds v and the gradient of v, for the user's optimizer to act on.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .cluster import EPC, INPLACE_SUFFIX
-from .sharding import sharded_like, whole
+from .epc import Map, exp_map_prepared, prepare, pull_back
+from .sharding import is_sharded, sharded_like, whole
 
-__all__ = ["InPlace", "edited"]
+__all__ = ["InPlace", "edited", "enter", "leave"]
 
 _SAME = 8.0
 """A weight within so many roundings of the mapped one is the mapped one: computed elsewhere it rounds otherwise."""
@@ -42,9 +43,10 @@ class InPlace(EPC):
     def __init__(self, weight: Tensor, *args: Any, **kwargs: Any) -> None:
         super().__init__(weight, *args, **kwargs)
         self.register_buffer("latent", self.latent_of(weight.detach())[0])
-        self._upstream: Tensor | None = None
-        self._warned = False
+        self.upstream: Tensor | None = None
+        self.written: Tensor | None = None
         self.swapped = False
+        self._warned = False
 
     @property
     def registered(self) -> bool:
@@ -85,9 +87,27 @@ class InPlace(EPC):
         state_dict.update(fresh.state_dict(prefix=inside))
         self.reference_is_stale = True
 
+    def memory(self, of: Map) -> Tensor:
+        """Where the mapped weight can be worked out: in the host's weight itself, if it is whole and of the dtype."""
+        weight = self.parameter.detach()
+        if is_sharded(weight) or weight.dtype != of.latent.dtype:
+            return torch.empty_like(of.latent)
+        return self.logical(weight)
+
+    def fingerprint(self) -> Tensor:
+        """Sums and norms of the weight's rows, (2, ...), float32 or better: hardly any edit leaves them as they are."""
+        weight = self.logical(whole(self.parameter.detach())).to(self.point.dtype)
+        rows = tuple(d for d in self.dims if d) or self.dims
+        return torch.stack([weight.sum(rows), torch.linalg.vector_norm(weight, dim=rows)])
+
     @torch.no_grad()
     def honour_edits(self) -> None:
-        """Take what the host did to its weight into the latent, through the inverse map, and only where it did."""
+        """Take what the host did to its weight into the latent, through the inverse map, and only where it did.
+
+        The latent takes only what differs from the mapped weight by value: ``.data`` edits bump no version.
+        """
+        if self.written is not None and torch.equal(self.written, self.fingerprint()):
+            return
         weight = self.logical(whole(self.parameter.detach()))
         mapped = self.logical(self.weight_of(self.latent))
         changed = edited(weight, mapped, self.dims)
@@ -106,34 +126,6 @@ class InPlace(EPC):
                 stacklevel=2,
             )
 
-    @torch.no_grad()
-    def enter(self) -> None:
-        """Put the latent and its gradient into the host's weight."""
-        if self.swapped:
-            return
-        self.honour_edits()
-        weight = self.parameter
-        if weight.grad is not None:
-            self._upstream = weight.grad
-            weight.grad = sharded_like(self._pull_back(whole(weight.grad)), weight)
-        weight.copy_(sharded_like(self.latent, weight))
-        self.swapped = True
-
-    @torch.no_grad()
-    def leave(self) -> None:
-        """Take the latent out of the host's weight, and write the mapped weight there."""
-        if not self.swapped:
-            return
-        weight = self.parameter
-        self.latent.copy_(whole(weight))
-        weight.copy_(sharded_like(self.weight_of(self.latent), weight))
-        if weight.grad is not None and self._upstream is not None:
-            if not bool(whole(weight.grad).any()):  # the step has cleared it
-                self._upstream.zero_()
-            weight.grad = self._upstream
-        self._upstream = None
-        self.swapped = False
-
     @contextlib.contextmanager
     def bypassed(self) -> Iterator[None]:
         """Inside, the host's weight is the latent itself."""
@@ -147,13 +139,6 @@ class InPlace(EPC):
             with torch.no_grad():
                 weight.copy_(before)
 
-    def _pull_back(self, upstream: Tensor) -> Tensor:
-        """∂L/∂v for ∂L/∂x."""
-        with torch.enable_grad():
-            v = self.latent.detach().requires_grad_()
-            x = self.weight_of(v)
-        return torch.autograd.grad(x, v, upstream)[0]
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InPlace:
         """Move with the model; the latent is cast as the weight is."""
         latent = self.latent
@@ -166,3 +151,41 @@ class InPlace(EPC):
         from .stepping import install  # noqa: PLC0415  # a whole model may be loaded where apply was never called
 
         install()
+
+
+@torch.no_grad()
+def enter(clusters: Sequence[InPlace]) -> None:
+    """Put the latents and their gradients into the hosts' weights."""
+    clusters = [epc for epc in clusters if not epc.swapped]
+    for epc in clusters:
+        epc.honour_edits()
+    moving = [(epc, grad) for epc in clusters if (grad := epc.parameter.grad) is not None]
+    maps = [epc.map_of(epc.latent) for epc, _ in moving]
+    for (epc, upstream), of, prepared in zip(moving, maps, prepare(maps)):
+        g = epc.logical(whole(upstream)).to(of.latent.dtype)
+        pulled = pull_back(of, prepared, g).reshape(epc.latent.shape).to(upstream.dtype)
+        epc.upstream, epc.parameter.grad = upstream, sharded_like(pulled, upstream)
+    for epc in clusters:
+        epc.parameter.copy_(sharded_like(epc.latent, epc.parameter))
+        epc.swapped = True
+
+
+@torch.no_grad()
+def leave(clusters: Sequence[InPlace]) -> None:
+    """Take the latents out of the hosts' weights, and write the mapped weights there."""
+    clusters = [epc for epc in clusters if epc.swapped]
+    for epc in clusters:
+        epc.latent.copy_(whole(epc.parameter))
+    maps = [epc.map_of(epc.latent) for epc in clusters]
+    for epc, of, prepared in zip(clusters, maps, prepare(maps, [epc.memory(of) for epc, of in zip(clusters, maps)])):
+        weight = epc.parameter
+        mapped = exp_map_prepared(of, prepared)
+        if mapped.data_ptr() != weight.data_ptr():
+            weight.copy_(sharded_like(mapped.reshape(epc.latent.shape).to(weight.dtype), weight))
+        epc.written = epc.fingerprint()
+        if weight.grad is not None and epc.upstream is not None:
+            if not bool(whole(weight.grad).any()):  # the step has cleared it
+                epc.upstream.zero_()
+            weight.grad = epc.upstream
+        epc.upstream = None
+        epc.swapped = False

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .cluster import EPC, find
-from .epc import Map, Prepared, exp_map_prepared
+from .epc import Prepared, exp_map_prepared
 from .sharding import whole
 
 __all__ = ["Parametrized"]
@@ -99,7 +99,7 @@ class Parametrized(EPC):
             return whole(latent)
         prepared, self.prepared = self.prepared, None  # to be read once
         if prepared is not None and self.owner is not None and latent is self.owner[0].original:
-            weight = self._weight_prepared(latent, prepared)
+            weight = exp_map_prepared(self.map_of(latent), prepared).reshape(latent.shape)
         else:
             weight = self.weight_of(latent)
         if not torch.compiler.is_compiling() and type(latent) is nn.Parameter:  # a compiler would guard on the counters
@@ -109,17 +109,12 @@ class Parametrized(EPC):
                 self._watch_edits(weight)
         return weight
 
-    def map_ahead(self) -> Map | None:
-        """The map that the next read of the weight makes, if its vectors can be told now."""
+    @property
+    def foresees_its_map(self) -> bool:
+        """Whether the latent that the next read of the weight will see can be told now."""
         latent = self.owner[0].original if self.owner is not None else None
-        # FSDP's shards and functional_call's substitutes are neither
-        if type(latent) is not nn.Parameter or latent.dtype != self.point.dtype or self._bypass:
-            return None
-        return Map(self.point, self.logical(latent.detach()), self.radius, self.dims)
-
-    def _weight_prepared(self, latent: Tensor, prepared: Prepared) -> Tensor:
-        made = Map(self.point, self.logical(latent), self.radius, self.dims)
-        return exp_map_prepared(made, prepared, self.settings.geometry).reshape(latent.shape)
+        # FSDP's shards and functional_call's substitutes are no plain Parameters
+        return type(latent) is nn.Parameter and latent.dtype == self.point.dtype and not self._bypass
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The latent whose weight is ``weight``; outside the ball, its direction at the edge, with a warning."""

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from .cluster import EPC
-from .epc import exp_map
 from .passes import combine, inner
 from .sharding import whole
 
-__all__ = ["Recovered", "pull_back", "radii_of", "recover"]
+__all__ = ["Recovered", "radii_of", "recover"]
 
 _ROUNDINGS = 10.0
 """A point holds still where the map squeezes its weight's gradient to fewer than this many roundings of its dtype."""
@@ -118,11 +117,3 @@ def recover(
                 mask,
             )
     return [results[i] for i in range(len(clusters))]
-
-
-def pull_back(epc: EPC, upstream: Tensor) -> Tensor:
-    """J_v(p, v)ᵀ G at the point where it is now: what ``v.grad`` would be for G = ∂L/∂x."""
-    with torch.enable_grad():
-        v = epc.logical(whole(epc.parameter.detach())).to(upstream.dtype).requires_grad_()
-        x = exp_map(epc.point, v, epc.radius, epc.settings.geometry, epc.dims)
-    return torch.autograd.grad(x, v, upstream)[0]

@@ -27,8 +27,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .cluster import EPC, alive
-from .inplace import InPlace
-from .recovery import Recovered, pull_back, recover
+from .epc import prepare, pull_back
+from .inplace import InPlace, enter, leave
+from .recovery import Recovered, recover
 from .rules import Move, move
 from .sharding import sharded_like, whole
 
@@ -121,13 +122,11 @@ class PointStep:
 
     def enter(self) -> None:
         """Let the latents into the weights of in-place hosts."""
-        for epc in self.swaps:
-            epc.enter()
+        enter(self.swaps)
 
     def leave(self) -> None:
         """Let the mapped weights back in."""
-        for epc in self.swaps:
-            epc.leave()
+        leave(self.swaps)
 
     def gather(self) -> None:
         """Recover the points' gradients, but for those that an enclosing step has from the very same gradients."""
@@ -196,7 +195,8 @@ def _restore(epc: EPC, state: list[Tensor]) -> None:
 def _rewrite(gradient: Tensor, epc: EPC, found: Recovered) -> None:
     """Put into ``gradient`` what it would be at the point where the cluster is now."""
     assert found.upstream is not None
-    rewritten = pull_back(epc, found.upstream).reshape(gradient.shape)
+    of = epc.map_of(epc.parameter.detach())
+    rewritten = pull_back(of, prepare([of])[0], found.upstream).reshape(gradient.shape)
     valid = found.valid.expand(epc.shape).reshape(gradient.shape)
     kept = torch.where(valid, rewritten.to(gradient.dtype), whole(gradient))
     gradient.copy_(sharded_like(kept, gradient))
