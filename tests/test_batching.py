@@ -1,0 +1,119 @@
+"""One forward prepares the maps of all its layers; nothing prepared is ever used for other values."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hbnn_plugin
+from hbnn_plugin.cluster import find
+from hbnn_plugin.parametrization import Parametrized
+from tiny_hosts import BINARY_LAYERS, SmoothConv, tiny_net
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*two-valued")
+
+
+def applied(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    net = tiny_net(SmoothConv)
+    hbnn_plugin.apply(net, mode="parametrize", radius=0.2, **options)
+    for layer in clusters(net):
+        layer.point.normal_(std=0.05)
+    return net
+
+
+def clusters(net: nn.Module) -> list[Parametrized]:
+    return [module for module in net.modules() if isinstance(module, Parametrized)]
+
+
+def plain(net: nn.Module) -> nn.Module:
+    """What the network computes, worked out layer by layer."""
+    return hbnn_plugin.fuse(copy.deepcopy(net))
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("per", ["filter", "layer"])
+@pytest.mark.parametrize("space", ["ball", "sphere"])
+def test_output_and_gradients_are_those_of_single_layers(space: str, per: str) -> None:
+    net = tiny_net(SmoothConv)
+    hbnn_plugin.apply(net, mode="parametrize", space=space, per=per)
+    net(images()).square().sum().backward()
+    together = {name: p.grad.clone() for name, p in net.named_parameters()}
+    net.zero_grad()
+    net.forward(images()).square().sum().backward()  # a direct call prepares nothing
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(together[name], parameter.grad, rtol=1e-6, atol=1e-8)
+
+
+def test_a_forward_prepares_every_layer_once_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hbnn_plugin import epc  # noqa: PLC0415
+
+    net, batches = applied(), []
+    original = epc._prepare_alike
+    monkeypatch.setattr(epc, "_prepare_alike", lambda maps, out: batches.append(len(maps)) or original(maps, out))
+    net(images())
+    assert batches == [len(BINARY_LAYERS)]
+    assert all(epc.prepared is None for epc in clusters(net))
+
+
+def test_edits_that_bump_no_version_are_seen() -> None:
+    net = applied()
+    before = net(images())
+    for layer in clusters(net):
+        layer.parameter.data.mul_(-0.7)
+    assert torch.equal(net(images()), plain(net)(images()))
+    assert not torch.equal(net(images()), before)
+
+
+def test_a_part_that_was_prepared_and_not_run_sees_later_edits() -> None:
+    class TwoParts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = SmoothConv(3, 4, 3), SmoothConv(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x)
+
+    net = hbnn_plugin.apply(TwoParts(), mode="parametrize")
+    net(images())
+    find(net.two)["weight"].parameter.data.clamp_(-0.01, 0.01)  # as Wasserstein critics are clipped
+    assert torch.equal(net.two(images()), plain(net).two(images()))
+
+
+def test_after_a_forward_that_raised_edits_are_seen() -> None:
+    net = applied()
+    with pytest.raises(RuntimeError):
+        net(torch.zeros(1, 7, 8, 8))
+    for layer in clusters(net):
+        layer.parameter.data.mul_(-0.7)
+    assert torch.equal(net(images()), plain(net)(images()))
+
+
+def test_a_weight_that_is_read_twice_is_mapped_twice() -> None:
+    net = applied()
+    layer = getattr(net, BINARY_LAYERS[0])
+    seen: list[Tensor] = []
+    layer.register_forward_pre_hook(lambda module, _: seen.extend((module.weight, module.weight)))
+    net(images())
+    assert torch.equal(*seen)
+    assert seen[0].data_ptr() != seen[1].data_ptr()
+
+
+def test_one_layer_near_the_edge_is_treated_with_care_and_the_others_are_not_changed_by_it() -> None:
+    net = applied()
+    first, *others = clusters(net)
+    first.point.mul_(0.999 / (0.2**0.5 * first.point.flatten(1).norm(dim=1).view(-1, 1, 1, 1)))
+    torch.testing.assert_close(net(images()), plain(net)(images()), rtol=1e-5, atol=1e-6)
+    assert others
+
+
+def test_fuse_leaves_no_hook() -> None:
+    net = hbnn_plugin.fuse(applied())
+    assert not net._forward_pre_hooks
+    assert not net._forward_hooks
