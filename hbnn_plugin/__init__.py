@@ -7,6 +7,7 @@ is.
 
 from . import ball, sphere
 from .checkpoint import plain_state_dict
+from .counting import Complexity, Cost, LayerComplexity, complexity
 from .diagnostics import ClusterReport, LayerClusters, cluster_report
 from .epc import exp_map, log_map, mobius_add, mobius_scale
 from .flips import FlipRatio, flip_ratio
@@ -23,8 +24,11 @@ __all__ = [
     "ClusterAdamW",
     "ClusterReport",
     "ClusterSGD",
+    "Complexity",
+    "Cost",
     "FlipRatio",
     "LayerClusters",
+    "LayerComplexity",
     "Plan",
     "apply",
     "ball",
@@ -32,6 +36,7 @@ __all__ = [
     "by_class",
     "by_name",
     "cluster_report",
+    "complexity",
     "exp_map",
     "flip_ratio",
     "fuse",

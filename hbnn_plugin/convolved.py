@@ -20,9 +20,18 @@ from torch.overrides import TorchFunctionMode
 
 from .sharding import is_sharded, whole
 
-__all__ = ["binary_value", "convolved_weight", "edits_its_weight", "is_two_valued", "pack_bits", "unpack_bits"]
+__all__ = [
+    "CONVOLUTIONS",
+    "binary_value",
+    "convolved_weight",
+    "edits_its_weight",
+    "is_two_valued",
+    "pack_bits",
+    "small_input",
+    "unpack_bits",
+]
 
-_CONVOLUTIONS: frozenset[Callable[..., Any]] = frozenset(
+CONVOLUTIONS: frozenset[Callable[..., Any]] = frozenset(
     {
         F.conv1d,
         F.conv2d,
@@ -50,7 +59,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _CONVOLUTIONS:
+        if func in CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             self.weights.append(weight.detach().clone())  # its host may put other values there
         elif func is _SET_DATA:
@@ -58,7 +67,7 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _small_input(module: nn.Module, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def small_input(module: nn.Module, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """The smallest input the layer takes, with both signs in it."""
     kernel = shape[2:]
     if len(shape) == 2 or isinstance(module, nn.Linear):
@@ -124,7 +133,7 @@ def edits_its_weight(module: nn.Module, shape: tuple[int, ...], weight: Tensor) 
 def _runs(module: nn.Module, shape: tuple[int, ...], weight: Tensor, recorder: _Recorder) -> bool:
     try:
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []), recorder:
-            module.forward(_small_input(module, shape, weight))
+            module.forward(small_input(module, shape, weight))
     except Exception:  # a host may want other inputs
         return False
     return True
