@@ -144,6 +144,7 @@ class InPlace(EPC):
         latent = self.latent
         super()._apply(fn, recurse)
         self.latent = fn(latent)
+        self.written = None
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

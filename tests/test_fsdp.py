@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,15 +44,18 @@ def result(net: TinyNet) -> dict[str, torch.Tensor]:
     return found | flips | {f"{name}.point": epc.point.clone() for name, epc in clusters(net).items()}
 
 
-def sharded(options: dict[str, str]) -> TinyNet:
+def fully_shard_of(net: TinyNet) -> TinyNet:
     try:
         from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
     except ImportError:  # torch < 2.6
         from torch.distributed._composable.fsdp import fully_shard  # noqa: PLC0415
-    net = hbnn_plugin.apply(tiny_net(IrConv, dtype=torch.float64), **options)
     for layer in (net.conv1, net.conv2):
         fully_shard(layer)
     return fully_shard(net)
+
+
+def sharded(options: dict[str, str]) -> TinyNet:
+    return fully_shard_of(hbnn_plugin.apply(tiny_net(IrConv, dtype=torch.float64), **options))
 
 
 def main(out: Path) -> None:
@@ -103,6 +107,33 @@ def test_two_ranks_train_as_one(i: int, ranks: Path) -> None:
             assert found.keys() == expected.keys()
             for key, value in expected.items():
                 assert torch.allclose(found[key], value, rtol=1e-9, atol=1e-12), (name, key)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+def test_what_is_sharded_is_neither_applied_to_nor_fused_and_the_message_tells_the_way(mode: str) -> None:
+    net = sharded({"mode": mode})
+    plain = tiny_net(IrConv)
+    sharded_plain = fully_shard_of(tiny_net(IrConv))
+    with pytest.raises(ValueError, match=r"is sharded by .*call hbnn_plugin\.apply first, shard afterwards"):
+        hbnn_plugin.apply(sharded_plain, mode=mode)
+    assert not clusters(sharded_plain)
+    steps(net, 0, 2, optimizer_of(net))
+    with pytest.raises(ValueError, match=r"conv1: its latent is sharded; gather .* hbnn_plugin\.plain_state_dict"):
+        hbnn_plugin.fuse(net)
+    gathered = {key: whole(value) for key, value in net.state_dict().items()}
+    plain.double().load_state_dict(hbnn_plugin.plain_state_dict(gathered))
+    again = hbnn_plugin.apply(tiny_net(IrConv, 3, torch.float64), mode=mode)
+    again.load_state_dict(gathered)
+    assert torch.equal(hbnn_plugin.fuse(again).conv1.weight, plain.conv1.weight)
+    assert torch.equal(plain.conv1.weight, whole(net.conv1.weight))
 
 
 if __name__ == "__main__":

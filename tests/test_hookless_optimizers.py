@@ -6,12 +6,13 @@ import warnings
 from collections import defaultdict
 from typing import Any
 
+import pytest
 import torch
 from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hbnn_plugin
-from tiny_hosts import BINARY_LAYERS, batch, loss_of, points, train
+from tiny_hosts import BINARY_LAYERS, batch, loss_of, points, same_state, state, train
 from training_helpers import applied, steps
 
 
@@ -56,6 +57,16 @@ def test_step_points_steps_for_an_optimizer_without_hooks() -> None:
         optimizer.step()
     for name in BINARY_LAYERS:
         torch.testing.assert_close(points(net)[name], points(reference)[name])
+
+
+def test_step_points_is_refused_in_place_with_the_mend() -> None:
+    """There the optimizer's step itself has to be framed."""
+    net = applied(mode="inplace")
+    loss_of(net).backward()
+    before = state(net)
+    with pytest.raises(ValueError, match=r"conv1 is in in-place mode.*BareSgd call super.*mode='parametrize'"):
+        hbnn_plugin.step_points(BareSgd(net.parameters(), lr=0.1))
+    assert same_state(state(net), before)
 
 
 def test_no_such_report_for_an_averaged_teacher_in_training_mode() -> None:

@@ -56,6 +56,32 @@ def test_an_edit_is_honoured_where_it_was_made_and_only_there() -> None:
     assert not torch.equal(latents(net)["conv1"][1], before[1])
 
 
+EDITS = {
+    "mirrored": lambda w: w.flip(-1),
+    "rolled": lambda w: w.roll(1, dims=1),
+    "negated": lambda w: -w,
+    "two values swapped": lambda w: torch.where(w == w.max(), w.min(), torch.where(w == w.min(), w.max(), w)),
+    "one value moved by a thousandth": lambda w: torch.where(w == w.max(), 1.001 * w, w),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.filterwarnings("ignore:.*two-valued")
+def test_whatever_the_edit_is_it_is_honoured(edit: str, dtype: torch.dtype) -> None:
+    """Also one that keeps sums and norms."""
+    net = hbnn_plugin.apply(tiny_net(SmoothConv, dtype=dtype), mode="inplace", radius=0.5)
+    optimizer = SGD(net.parameters(), lr=0.3)
+    train(net, optimizer, 2)
+    weight = net.conv1.weight
+    weight.data.copy_(EDITS[edit](weight.data))
+    edited = weight.detach().clone()
+    loss_of(net).backward()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert torch.allclose(weight, edited, rtol=1e-9 if dtype == F64 else 1e-4, atol=1e-6 if dtype != F64 else 0)
+
+
 def test_an_edit_out_of_the_ball_keeps_its_direction_and_warns_once() -> None:
     net = smooth(radius=0.05)
     optimizer = SGD(net.parameters(), lr=0.0)

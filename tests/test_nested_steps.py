@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from inplace_nets import agree, mapped, smooth
 from tiny_hosts import BINARY_LAYERS, SmoothConv, loss_of, points, same_state, state, train, twin
 from training_helpers import F64, OPTIMIZERS, applied, closure_of, equal, moved, oracle, steps
 
+each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
 
+
+@each_mode
 @pytest.mark.parametrize("order", ["simultaneous", "alternating"])
 @pytest.mark.parametrize("as_keyword", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_closures(name: str, as_keyword: bool, order: str) -> None:
-    reference, net = (applied(order=order) for _ in range(2))
+def test_closures(name: str, as_keyword: bool, order: str, mode: str) -> None:
+    reference, net = (applied(order=order, mode=mode) for _ in range(2))
     train(reference, OPTIMIZERS[name](reference.parameters()), 3)
     optimizer = OPTIMIZERS[name](net.parameters())
     for seed in range(3):
@@ -27,9 +31,10 @@ def test_closures(name: str, as_keyword: bool, order: str) -> None:
     assert same_state(state(net), state(reference))
 
 
+@each_mode
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
-def test_lbfgs_moves_each_point_once_a_step(line_search: str | None) -> None:
-    net = applied(SmoothConv, dtype=F64)
+def test_lbfgs_moves_each_point_once_a_step(line_search: str | None, mode: str) -> None:
+    net = applied(SmoothConv, dtype=F64, mode=mode)
     optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=4, line_search_fn=line_search)
     evaluations = []
     for seed in range(2):
@@ -47,11 +52,13 @@ def test_lbfgs_moves_each_point_once_a_step(line_search: str | None) -> None:
     assert all(value.isfinite().all() for value in state(net).values())
 
 
-def test_alternating_refuses_optimizers_that_evaluate_their_closure_again() -> None:
-    net = applied(order="alternating")
+@each_mode
+def test_alternating_refuses_optimizers_that_evaluate_their_closure_again(mode: str) -> None:
+    net = applied(order="alternating", mode=mode)
     optimizer = torch.optim.LBFGS(net.parameters(), max_iter=4)
     with pytest.raises(RuntimeError, match=r"alternating.*LBFGS.*simultaneous"):
         optimizer.step(closure_of(net, optimizer, 0))
+    assert mode == "parametrize" or mapped(net)
 
 
 class Sam(Optimizer):
@@ -91,10 +98,11 @@ class Sam(Optimizer):
         self.second_step()
 
 
+@each_mode
 @pytest.mark.parametrize("order", ["simultaneous", "alternating"])
 @pytest.mark.parametrize("with_closure", [True, False])
-def test_sam_moves_each_point_once(with_closure: bool, order: str) -> None:
-    net = applied(order=order)
+def test_sam_moves_each_point_once(with_closure: bool, order: str, mode: str) -> None:
+    net = applied(order=order, mode=mode)
     optimizer = Sam(net.parameters(), SGD, lr=0.1, momentum=0.9)
     for seed in range(3):
         before = points(net)
@@ -126,6 +134,33 @@ def test_sam_with_a_closure_takes_the_points_gradient_where_the_weights_gradient
         torch.testing.assert_close(points(net)[name], expected[name], rtol=1e-9, atol=1e-12)
 
 
+def test_sam_in_two_calls_perturbs_what_parameters_hold() -> None:
+    """In place that is the weight, not the latent: the step is the plain one with the gradient from over there."""
+    net, reference = smooth("inplace"), smooth("inplace")
+    optimizer = Sam(net.parameters(), SGD, lr=0.1, rho=0.5)
+    for seed in range(3):
+        optimizer.zero_grad()
+        loss_of(net, seed).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_of(net, seed).backward()
+        optimizer.second_step(zero_grad=True)
+
+        reference.zero_grad()
+        loss_of(reference, seed).backward()
+        norm = torch.stack([p.grad.norm() for p in reference.parameters()]).norm() + 1e-12
+        perturbed = twin(reference)
+        with torch.no_grad():
+            for p in perturbed.parameters():
+                p.add_(p.grad * 0.5 / norm)
+        perturbed.zero_grad()
+        loss_of(perturbed, seed).backward()
+        for mine, theirs in zip(reference.parameters(), perturbed.parameters()):
+            mine.grad = theirs.grad
+        SGD(reference.parameters(), lr=0.1).step()
+    assert agree(net, reference) and mapped(net)
+    assert steps(net) == [3, 3]
+
+
 class Wrapper(Optimizer):
     """An optimizer around another, as Lookahead and the like: groups of its own, with options of its own."""
 
@@ -137,14 +172,15 @@ class Wrapper(Optimizer):
         return self.base.step(closure)
 
 
+@each_mode
 @pytest.mark.parametrize("with_closure", [False, True])
 @pytest.mark.parametrize(
     "defaults", [{"lr": 0.1}, {"lr": 7.0, "alpha": 0.5}, {"alpha": 0.5}], ids=["same rate", "other rate", "none"]
 )
 def test_in_nested_optimizers_the_innermost_moves_each_point_once(
-    defaults: dict[str, float], with_closure: bool
+    defaults: dict[str, float], with_closure: bool, mode: str
 ) -> None:
-    reference, net = applied(), applied()
+    reference, net = applied(mode=mode), applied(mode=mode)
     train(reference, SGD(reference.parameters(), lr=0.1), 2)
     optimizer = Wrapper(Wrapper(SGD(net.parameters(), lr=0.1), **defaults), **defaults)
     if with_closure:
@@ -163,10 +199,13 @@ class OwnSgd(SGD):
         return super().step(closure)
 
 
+@each_mode
 @pytest.mark.parametrize("order", ["simultaneous", "alternating"])
 @pytest.mark.parametrize("with_closure", [False, True])
-def test_a_subclass_that_calls_its_parents_step_moves_each_point_once(with_closure: bool, order: str) -> None:
-    reference, net = applied(order=order), applied(order=order)
+def test_a_subclass_that_calls_its_parents_step_moves_each_point_once(
+    with_closure: bool, order: str, mode: str
+) -> None:
+    reference, net = applied(order=order, mode=mode), applied(order=order, mode=mode)
     train(reference, SGD(reference.parameters(), lr=0.1), 2)
     optimizer = OwnSgd(net.parameters(), lr=0.1)
     for seed in range(2):
@@ -192,10 +231,11 @@ class RaisingSgd(SGD):
         return super().step()
 
 
+@each_mode
 @pytest.mark.parametrize("order", ["simultaneous", "alternating"])
 @pytest.mark.parametrize("with_closure", [False, True])
-def test_a_step_that_raises_moves_nothing_and_the_next_one_works(with_closure: bool, order: str) -> None:
-    net = applied(order=order)
+def test_a_step_that_raises_moves_nothing_and_the_next_one_works(with_closure: bool, order: str, mode: str) -> None:
+    net = applied(order=order, mode=mode)
     optimizer = RaisingSgd(net.parameters(), lr=0.1)
     optimizer.raising = True
     closure = closure_of(net, optimizer, 0)
@@ -207,13 +247,14 @@ def test_a_step_that_raises_moves_nothing_and_the_next_one_works(with_closure: b
     optimizer.raising = False
     optimizer.step(closure if with_closure else None)
     assert moved(net, before) == list(BINARY_LAYERS)
-    reference = applied(order=order)
+    reference = applied(order=order, mode=mode)
     train(reference, SGD(reference.parameters(), lr=0.1), 1)
     assert equal(points(net), points(reference))
 
 
-def test_after_a_step_that_raises_another_optimizer_can_take_the_same_gradients() -> None:
-    net = applied()
+@each_mode
+def test_after_a_step_that_raises_another_optimizer_can_take_the_same_gradients(mode: str) -> None:
+    net = applied(mode=mode)
     optimizer = RaisingSgd(net.parameters(), lr=0.1)
     optimizer.raising = True
     loss_of(net, 0).backward()

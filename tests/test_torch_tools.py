@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
 
 import hbnn_plugin
 from tiny_hosts import (
@@ -19,6 +20,7 @@ from tiny_hosts import (
     IrConv,
     ScaledConv,
     SmoothConv,
+    TinyNet,
     batch,
     clusters,
     latents,
@@ -80,6 +82,36 @@ def test_per_sample_gradients(mode: str) -> None:
     F.cross_entropy(net(x), y).backward()
     for name, parameter in net.named_parameters():
         assert torch.allclose(each[name].mean(0), parameter.grad, rtol=1e-3, atol=1e-6), name
+
+
+# -- activation checkpointing ------------------------------------------------------------------------------------------
+
+
+class Checkpointed(TinyNet):
+    """Works its binary layers out again in the backward."""
+
+    reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).tanh()
+        x = self.bn1(checkpoint(self.conv1, x, use_reentrant=self.reentrant)).tanh()
+        x = self.bn2(checkpoint(self.conv2, x, use_reentrant=self.reentrant)).tanh()
+        return self.fc(x.mean((2, 3)))
+
+
+@each_mode
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(reentrant: bool, mode: str) -> None:
+    nets = []
+    for cls in (TinyNet, Checkpointed):
+        torch.manual_seed(0)
+        net = cls(IrConv)
+        net.reentrant = reentrant
+        hbnn_plugin.apply(net, mode=mode)
+        train(net, SGD(net.parameters(), lr=0.3, momentum=0.9), 3)
+        nets.append(net)
+    assert same_state(*map(state, nets))
+    assert steps(nets[1]) == [3, 3]
 
 
 # -- export ------------------------------------------------------------------------------------------------------------

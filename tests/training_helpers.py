@@ -7,6 +7,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import geoopt
@@ -16,7 +17,20 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import hbnn_plugin
-from tiny_hosts import HOSTS, IrConv, SmoothConv, TinyNet, batch, clusters, loss_of, points, tiny_net, train
+from tiny_hosts import (
+    HOSTS,
+    IrConv,
+    SmoothConv,
+    TinyNet,
+    batch,
+    clusters,
+    loss_of,
+    points,
+    same_state,
+    state,
+    tiny_net,
+    train,
+)
 
 F64 = torch.float64
 
@@ -59,6 +73,27 @@ def saved(obj: Any) -> Any:
 def output(net: nn.Module) -> Tensor:
     with torch.no_grad():
         return net.eval()(batch(9)[0].to(next(net.parameters()).dtype))
+
+
+class Trap:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.command = f"open({str(folder / 'sprung')!r}, 'w').close()"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (self.command,)
+
+
+def refused(model: nn.Module, checkpoint: dict[str, Any], *fragments: str, strict: bool = True) -> str:
+    """The message, which has every fragment; nothing has been loaded."""
+    before = state(model)
+    with pytest.raises(ValueError, match=r"does not fit the clusters of .*, and none of it was loaded there") as caught:
+        model.load_state_dict(checkpoint, strict=strict)
+    for fragment in fragments:
+        caught.match(fragment)
+    assert same_state(state(model), before)
+    return str(caught.value)
 
 
 class Doubled(nn.Module):

@@ -1,0 +1,1 @@
+"""What `benchmark_latency.py` measures, and its report."""

@@ -1,0 +1,168 @@
+"""Tables and the picture, from the lines alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from latency.ways import BINARY, FLOAT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    Line = Mapping[str, Any]
+
+__all__ = ["draw", "tables"]
+
+_HEAD = """# Latency
+
+Made by `python examples/benchmark_latency.py --report` from `latency.jsonl`. Medians over turns in one process, in
+which all ways run one after another, with 95 % bootstrap intervals; ratios are taken within a turn.
+"""
+
+
+def tables(lines: Sequence[Line]) -> str:
+    """All sections in Markdown, of each case its last line."""
+    parts = [_HEAD]
+    for section, title, table in (
+        ("inference", "## Inference, milliseconds", _inference),
+        ("inference", "## Inference, as a multiple of OpenVINO binary", _ratios),
+        ("inference", "## What ran on 1-bit operands, by OpenVINO's own execution graph", _layers),
+        ("inference", "## Where OpenVINO spends the time, milliseconds by kind of node", _profiles),
+        ("training", "## A training step, as a multiple of the bare host's", _training),
+        ("equality", "## The same classes? 1,000 CIFAR-10 test images, networks trained on real ones", _equality),
+    ):
+        if found := of_section(lines, section):
+            parts += [title, table(found)]
+    machines = sorted({", ".join(f"{key} {line[key]}" for key in _CIRCUMSTANCES if key in line) for line in lines})
+    parts += ["## Machines and versions", "\n".join(f"* {machine}" for machine in machines)]
+    return "\n\n".join(parts) + "\n"
+
+
+_CIRCUMSTANCES = ("machine", "torch", "openvino", "nncf", "plugin", "commit")
+
+
+def of_section(lines: Sequence[Line], section: str) -> list[Line]:
+    """The last line of each case of a section, in the order of first lines."""
+    return list({line["case"]: line for line in lines if line["section"] == section}.values())
+
+
+def draw(lines: Sequence[Line], path: Path) -> None:
+    """Latency of every way by network, batch 1 on one thread; and a training step beside the bare host's."""
+    shown = [line for line in of_section(lines, "inference") if line["batch"] == line["threads"] == 1]
+    training = [line for line in of_section(lines, "training") if line["threads"] == 1]
+    figure = Figure(figsize=(3.2 * max(len(shown), 2) + 3, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[max(len(shown), 1), 1])
+    names = list(dict.fromkeys(way for line in shown for way in line["milliseconds"]))
+    for i, way in enumerate(names):
+        places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j in range(len(shown))]
+        _bars(left, places, 0.8 / len(names), [line["milliseconds"].get(way) for line in shown], way)
+    left.set_xticks(range(len(shown)), [line["network"].replace(" ", "\n", 1) for line in shown])
+    left.set(yscale="log", ylabel="milliseconds, median and 95 % interval", title="Inference, batch 1, one thread")
+    left.legend(fontsize=8)
+    arms = list(dict.fromkeys(arm for line in training for arm in line["ratio to the bare host"]))
+    for i, arm in enumerate(arms):
+        places = [j + (i - (len(arms) - 1) / 2) * 0.8 / len(arms) for j in range(len(training))]
+        _bars(right, places, 0.8 / len(arms), [line["ratio to the bare host"][arm] for line in training], arm)
+    right.axhline(1, color="0.5", linewidth=1)
+    right.set_xticks(range(len(training)), [line["case"].split(",")[0].replace(" ", "\n", 1) for line in training])
+    right.set(ylabel="multiple of the bare host's", title="Training step, batch 32")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _bars(axis: Any, places: Sequence[float], width: float, estimates: Sequence[Line | None], label: str) -> None:
+    there = [(place, e) for place, e in zip(places, estimates, strict=True) if e]
+    height = [e["median"] for _, e in there]
+    below, above = ([abs(e["median"] - e[end]) for _, e in there] for end in ("low", "high"))
+    axis.bar([place for place, _ in there], height, width, yerr=[below, above], label=label, error_kw={"linewidth": 1})
+
+
+def _inference(lines: Sequence[Line]) -> str:
+    names = list(dict.fromkeys(way for line in lines for way in line["milliseconds"]))
+    rows = [
+        [line["case"], *(_cell(line["milliseconds"].get(way)) for way in names), line["turns"], line["load"]]
+        for line in lines
+    ]
+    return _table(["case", *names, "turns", "load"], rows)
+
+
+def _ratios(lines: Sequence[Line]) -> str:
+    names = [way for way in dict.fromkeys(w for line in lines for w in line["milliseconds"]) if way != BINARY]
+    rows = [
+        [
+            line["case"],
+            *(_cell(line["times as long as binary"].get(way)) for way in names),
+            _cell(line["fused / host"]),
+            *(line["agreement with the host"][way]["same_top1"] for way in (FLOAT, BINARY)),
+        ]
+        for line in lines
+    ]
+    header = ["case", *names, "fused / host", "same top-1 as the host: float32", "binary"]
+    return _table(header, rows)
+
+
+def _layers(lines: Sequence[Line]) -> str:
+    by_network = {line["network"]: line for line in lines}
+    rows = []
+    for network, line in by_network.items():
+        others = [f"{name}: {what}" for name, what in line["layers"].items() if "u1" not in what]
+        kernels = sorted({what for what in line["layers"].values() if "u1" in what})
+        rows.append(
+            [network, f"{line['binary layers']} of {len(line['layers'])}", ", ".join(kernels), "; ".join(others)]
+        )
+    return _table(["network", "layers with binary weights that ran binary", "kernel", "others"], rows)
+
+
+def _profiles(lines: Sequence[Line]) -> str:
+    rows = []
+    for line in lines:
+        if line["batch"] == line["threads"] == 1:
+            for way in (FLOAT, BINARY):
+                spent = [f"{kind} {ms:.2f}" for kind, ms in line["profiles"][way].items() if ms >= 0.01]
+                rows.append([line["network"], way, ", ".join(spent)])
+    return _table(["network, batch 1, 1 thread", "way", "milliseconds"], rows)
+
+
+def _training(lines: Sequence[Line]) -> str:
+    arms = list(dict.fromkeys(arm for line in lines for arm in line["ratio to the bare host"]))
+    rows = [
+        [line["case"], *(_cell(e) for e in line["milliseconds"].values())]
+        + [_cell(line["ratio to the bare host"][arm]) for arm in arms]
+        for line in lines
+    ]
+    return _table(["case", *(f"{arm}, ms" for arm in lines[0]["milliseconds"]), *(f"{a} / bare" for a in arms)], rows)
+
+
+def _equality(lines: Sequence[Line]) -> str:
+    rows = []
+    for line in lines:
+        for way, agreed in line["agreement"].items():
+            rows.append(
+                [
+                    line["case"],
+                    way,
+                    f"{line['accuracy'][way]:.1%}",
+                    f"{agreed['same_top1']} of {agreed['rows']}",
+                    f"{agreed['difference']:.2g} of {agreed['largest']:.2g}",
+                    line["images apart"][way],
+                ]
+            )
+    header = ["network", "way", "accuracy", "same top-1", "largest difference, largest logit", "images apart"]
+    note = (
+        "Images are apart where logits differ by more than 1/1000 of the largest: an activation next to zero was "
+        "rounded to the other side. What that does to torch alone, when it adds in another order, is the line "
+        "without oneDNN."
+    )
+    return f"{_table(header, rows)}\n\n{note}"
+
+
+def _cell(estimate: Line | None) -> str:
+    return f"{estimate['median']:.3g} ({estimate['low']:.3g}–{estimate['high']:.3g})" if estimate else ""
+
+
+def _table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,0 +1,161 @@
+"""Puts an operator of its own in the place of each convolution of ±1 by ±scale, in a traced model.
+
+The operator, ``hbnn_plugin::binary_conv2d``, computes in torch what the convolution did; runtimes that have a binary
+convolution translate it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..selection import binary_convolutions
+from .folding import Folded, SignsAndScales, add_constant, constants, convolutions, signs_and_scales
+from .steps import Step, find_step
+
+__all__ = ["OPERATOR", "FoundLayer", "binarize"]
+
+_BYTE = 8
+"""Channels come in whole bytes: OpenVINO 2026.4 gives wrong numbers for other counts of input channels, in silence."""
+
+OPERATOR = "hbnn_plugin::binary_conv2d"
+
+
+@torch.library.custom_op(OPERATOR, mutates_args=())
+def _binary_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    zero_is_positive: bool,
+    layer: int,
+) -> Tensor:
+    """Convolve sign(x) with weight; pads sign(x) with zeros. ``layer`` is a number to know it by."""
+    positive = x >= 0 if zero_is_positive else x > 0
+    return F.conv2d(torch.where(positive, 1.0, -1.0), weight, None, stride, padding, dilation)
+
+
+@_binary_conv2d.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    zero_is_positive: bool,
+    layer: int,
+) -> Tensor:
+    return F.conv2d(x, weight, None, stride, padding, dilation)
+
+
+class FoundLayer(NamedTuple):
+    """A layer with binary weights, or of a class that binarizes, in the order of the graph."""
+
+    name: str
+    """Its qualified name."""
+    shape: tuple[int, ...]
+    """Of its weight."""
+    binary: bool
+    """Whether it has become a binary convolution."""
+    note: str
+    """Why it has not, or what was assumed."""
+
+
+@torch.no_grad()
+def binarize(folded: Folded, model: nn.Module) -> tuple[ExportedProgram, list[FoundLayer]]:
+    """The model with binary convolutions, as a program for torch's converters; the i-th binary one has ``layer`` i.
+
+    Args:
+        folded: of the model.
+        model: tells the classes of its layers.
+    """
+    # Without mutation, and every convolution as aten.convolution with all of its arguments.
+    module = make_fx(torch.func.functionalize(folded.graph))(folded.example)
+    known = constants(module)
+    convs = list(convolutions(module.graph))
+    operands: list[tuple[Any, ...]] = [conv.args for conv in convs]
+    steps = [find_step(data, known) for data, *_ in operands]
+    zeros = _zeros(module, {step.source for step in steps if step and not step.is_two_valued}, folded.example)
+    found: list[FoundLayer] = []
+    for name, conv, (_, filters, *_), step in zip(folded.layers, convs, operands, steps, strict=True):
+        weight = known.get(filters)
+        binary = None if weight is None else signs_and_scales(weight)
+        if weight is None or binary is None:
+            if binary_convolutions(model.get_submodule(name), name):
+                note = "its weight depends on the input" if weight is None else "its weight is not ±scale"
+                found.append(FoundLayer(name, () if weight is None else tuple(weight.shape), False, note))
+            continue
+        obstacle = _obstacle(conv, weight, step, zeros)
+        if step is None or obstacle:
+            found.append(FoundLayer(name, tuple(weight.shape), False, obstacle))
+        else:
+            _replace(module, conv, binary, step, layer=sum(layer.binary for layer in found))
+            assumed = "" if step.is_two_valued else f"sign(0) is {step.at_zero:g} in the model, here +1"
+            found.append(FoundLayer(name, tuple(weight.shape), True, assumed))
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return torch.export.export(module, (folded.example,)), found
+
+
+def _obstacle(conv: fx.Node, weight: Tensor, step: Step | None, zeros: Mapping[fx.Node, int]) -> str:
+    """Why a binary convolution would not do for this layer, or nothing."""
+    _, _, _, _, _, _, transposed, _, groups = conv.args
+    if step is None:
+        return "its input is not binary"
+    if weight.ndim != 4 or transposed:
+        return "the binary convolution is two-dimensional, and not transposed"
+    if groups != 1:
+        return f"it has {groups} groups, the binary convolution has none"
+    if zeros.get(step.source):
+        return f"sign(0) is {step.at_zero:g} in the model, and {zeros[step.source]} numbers in the example are 0 there"
+    return ""
+
+
+def _zeros(module: fx.GraphModule, nodes: set[fx.Node], example: Tensor) -> dict[fx.Node, int]:
+    """Node → how many elements of its value are exactly zero in the example."""
+    zeros: dict[fx.Node, int] = {}
+
+    class Look(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n in nodes:
+                zeros[n] = int((value == 0).sum())
+            return value
+
+    if nodes:
+        Look(module).run(example)
+    return zeros
+
+
+def _replace(module: fx.GraphModule, conv: fx.Node, binary: SignsAndScales, step: Step, layer: int) -> None:
+    operands: tuple[Any, ...] = conv.args
+    _, _, bias, stride, padding, dilation, *_ = operands
+    scale = binary.scales.view(-1, 1, 1, 1) * step.height
+    more = -binary.signs.shape[1] % _BYTE
+    # On channels of −1, filters of +scale and −scale by turns cancel each other, but for an odd last one.
+    fillers = [(scale * (-1) ** i).expand(-1, 1, *binary.signs.shape[2:]) for i in range(more)]
+    weight = torch.cat([binary.signs * scale, *fillers], 1)
+    call = module.graph.call_function
+    with module.graph.inserting_before(conv):
+        data = step.source
+        if more:
+            data = call(torch.ops.aten.constant_pad_nd.default, (data, [0, 0, 0, 0, 0, more], -1.0))
+        filters = add_constant(module, "binary_weight", weight)
+        options = (stride, padding, dilation, step.at_zero != -step.height, layer)
+        result = call(torch.ops.hbnn_plugin.binary_conv2d.default, (data, filters, *options))
+        if more % 2:
+            ones = torch.ones(1, 1, *step.source.meta["val"].shape[2:])
+            rest = F.conv2d(ones, fillers[0], None, stride, padding, dilation)
+            result = call(torch.ops.aten.add.Tensor, (result, add_constant(module, "odd_channel", rest)))
+        if bias is not None:
+            column = call(torch.ops.aten.view.default, (bias, [-1, 1, 1]))
+            result = call(torch.ops.aten.add.Tensor, (result, column))
+    conv.replace_all_uses_with(result)
+    module.graph.erase_node(conv)

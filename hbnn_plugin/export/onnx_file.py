@@ -1,0 +1,111 @@
+"""A network as an ONNX file for any runtime: binary weights of ±1, each layer's scales behind it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from .agreement import Agreement, agreement
+from .folding import Folded, add_constant, constants, convolutions, fold, signs_and_scales
+
+__all__ = ["to_onnx"]
+
+
+def to_onnx(
+    model: nn.Module, example_input: Tensor, path: str | os.PathLike[str], *, tolerance: float | None = 0.1
+) -> Agreement:
+    """Write a trained network as an ONNX file, and check it in onnxruntime. The model stays as it is.
+
+    What the host's forward makes of its latent weights is worked out: a binary layer's initializer holds the ±1 that it
+    convolves with, and a product with its scales follows. The batch may be of any size, unless the model's own code
+    takes sizes for numbers, such as in ``x.view(x.size(0), -1)``; then it is the example's. The file appears whole and
+    checked, or not at all.
+
+    Args:
+        model: applied, in either mode, fused, or never applied; of float32.
+        example_input: its one argument.
+        path: of the file; conventionally it ends in ``.onnx``.
+        tolerance: how far logits may be from torch's on the example, as a share of the largest; None checks nothing.
+
+    Returns:
+        How onnxruntime's output agrees with torch's on the example.
+
+    Raises:
+        ValueError: no layer of the model has binary weights; the model cannot be traced
+            (:func:`hbnn_plugin.export.folding.fold`); on the example onnxruntime's top-1 is not torch's, or a logit is
+            further from it than the tolerance.
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
+    """
+    runtime = _onnxruntime()
+    folded = fold(model, example_input)
+    if not _split_scales(folded.graph):
+        raise ValueError(f"no convolution of {type(model).__name__} has binary weights in evaluation mode")
+    file = torch.onnx.export(_program(folded), dynamo=True, verbose=False)
+    assert file is not None
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        file.save(beside)
+        session = runtime.InferenceSession(beside, providers=["CPUExecutionProvider"])
+        (output,) = session.run(None, {session.get_inputs()[0].name: folded.example.numpy()})
+        result = agreement(torch.from_numpy(output), folded.output)
+        result.require(tolerance, "onnxruntime")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return result
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnx  # noqa: F401, PLC0415
+        import onnxruntime  # noqa: PLC0415
+        import onnxscript  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ImportError("to_onnx needs onnx, onnxscript and onnxruntime: pip install 'hbnn-plugin[onnx]'") from error
+    return onnxruntime
+
+
+def _split_scales(module: fx.GraphModule) -> int:
+    """Make each weight of ±scale ±1, and put a product with the scales behind its convolution; return how many."""
+    known = constants(module)
+    count = 0
+    for conv in list(convolutions(module.graph)):
+        args: tuple[Any, ...] = conv.args
+        binary = signs_and_scales(known[args[1]]) if args[1] in known else None
+        if binary is None or "transpose" in str(conv.target):
+            continue
+        count += 1
+        name, bias = args[1].name, args[2] if len(args) > 2 else None
+        column = [-1, *[1] * (binary.signs.ndim - 2)]
+        with module.graph.inserting_before(conv):
+            conv.update_arg(1, add_constant(module, f"{name}_signs", binary.signs))
+            if bias is not None:
+                conv.update_arg(2, None)
+        with module.graph.inserting_after(conv):
+            scaled = module.graph.call_function(torch.ops.aten.mul.Tensor)
+        conv.replace_all_uses_with(scaled)
+        with module.graph.inserting_before(scaled):
+            scaled.args = (conv, add_constant(module, f"{name}_scales", binary.scales.view(column)))
+        if bias is not None:
+            with module.graph.inserting_after(scaled):
+                shifted = module.graph.call_function(torch.ops.aten.add.Tensor)
+            scaled.replace_all_uses_with(shifted)
+            with module.graph.inserting_before(shifted):
+                shifted.args = (scaled, add_constant(module, f"{name}_bias", known[bias].view(column)))
+    module.recompile()
+    return count
+
+
+def _program(folded: Folded) -> ExportedProgram:
+    """With a batch of any size, if the graph allows it."""
+    several = torch.cat([folded.example] * 2)  # torch takes a size of 1 for a constant
+    try:
+        return torch.export.export(folded.graph, (several,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except Exception:  # whatever torch raises where a size was taken for a number
+        return torch.export.export(folded.graph, (folded.example,))
