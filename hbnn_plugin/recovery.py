@@ -109,11 +109,12 @@ def recover(
         ):
             shape = clusters[i].mean_square.shape
             mask = valid_part.reshape(shape)
-            clean = h if h.is_cpu and bool(valid_part.all()) else torch.where(mask, h, 0.0)  # 0 · nan is nan
+            if not (h.is_cpu and bool(valid_part.all())):  # 0 · nan is nan
+                v, h = torch.where(mask, v, 0.0), torch.where(mask, h, 0.0)  # noqa: PLW2901
             results[i] = Recovered(
-                combine(gradient_part.reshape(3, *shape).unbind(), (p, v, clean), out=out),
+                combine(gradient_part.reshape(3, *shape).unbind(), (p, v, h), out=out),
                 products_part.reshape(3, *shape),
-                combine(upstream_part.reshape(3, *shape).unbind(), (p, v, clean)) if upstream else None,
+                combine(upstream_part.reshape(3, *shape).unbind(), (p, v, h)) if upstream else None,
                 mask,
             )
     return [results[i] for i in range(len(clusters))]

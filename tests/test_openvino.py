@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import hbnn_plugin
-from hbnn_plugin.export import to_openvino
+from hbnn_plugin.export import load_packed, save_packed, to_openvino
 from hbnn_plugin.export.xnor import XnorModel
 from hosts import HOSTS
 from hosts.networks import resnet8
@@ -299,6 +299,14 @@ def test_a_host_that_writes_into_its_weight_is_left_alone() -> None:
     assert all(binary(xnor)) and torch.allclose(xnor(x), net.eval()(x), atol=1e-5)
 
 
+def test_from_a_packed_file(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    net, x = host_net("recu"), images()
+    save_packed(net, tmp_path / "net.safetensors")
+    xnor = export(load_packed(tmp_path / "net.safetensors", resnet8(HOSTS["recu"].conv, width=8)), x)
+    assert all(binary(xnor)) and torch.allclose(xnor(x), net.eval()(x), atol=1e-4)
+
+
 def test_real_activations_stay_float() -> None:
     xnor = export(tiny_net(), torch.randn(2, 3, 6, 6))
     assert xnor.notes == ("conv1: its input is not binary", "conv2: its input is not binary")
@@ -341,6 +349,8 @@ def test_bad_input_is_one_error() -> None:
     x = torch.randn(2, 3, 16, 16)
     with pytest.raises(ValueError, match="no convolution of Conv2d has binary weights"):
         export(nn.Conv2d(3, 4, 3), x)
+    with pytest.raises(TypeError, match="one tensor, not a list"):
+        export(host_net("plain"), [x])
     with pytest.raises(ValueError, match=r"float32; the example input is torch\.float64"):
         export(host_net("plain"), x.double())
     with pytest.raises(ValueError, match=r"float32; conv1\.weight is torch\.bfloat16"):

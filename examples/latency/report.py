@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from latency.ways import BINARY, FLOAT
+from latency.ways import BINARY, FLOAT, FUSED, INT8
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -96,11 +96,11 @@ def _ratios(lines: Sequence[Line]) -> str:
             line["case"],
             *(_cell(line["times as long as binary"].get(way)) for way in names),
             _cell(line["fused / host"]),
-            *(line["agreement with the host"][way]["same_top1"] for way in (FLOAT, BINARY)),
+            *(_agreed(line["agreement with the host"].get(way)) for way in (FUSED, FLOAT, INT8, BINARY)),
         ]
         for line in lines
     ]
-    header = ["case", *names, "fused / host", "same top-1 as the host: float32", "binary"]
+    header = ["case", *names, "fused / host", "same top-1 as the host (largest difference): fused", "float32", "int8", "binary"]
     return _table(header, rows)
 
 
@@ -161,6 +161,10 @@ def _equality(lines: Sequence[Line]) -> str:
 
 def _cell(estimate: Line | None) -> str:
     return f"{estimate['median']:.3g} ({estimate['low']:.3g}–{estimate['high']:.3g})" if estimate else ""
+
+
+def _agreed(agreement: Line | None) -> str:
+    return f"{agreement['same_top1']} of {agreement['rows']} ({agreement['difference']:.1g})" if agreement else ""
 
 
 def _table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hbnn_plugin.export.folding import Folded
     from hbnn_plugin.export.xnor import XnorModel
 
-__all__ = ["APPLIED", "BINARY", "FLOAT", "FUSED", "HOST", "Ways", "compile_graph", "float_graph", "ways"]
+__all__ = ["APPLIED", "BINARY", "FLOAT", "FUSED", "HOST", "INT8", "Ways", "compile_graph", "float_graph", "ways"]
 
 HOST = "host"
 APPLIED = "host + HBNN"

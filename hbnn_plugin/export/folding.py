@@ -48,6 +48,7 @@ def fold(model: nn.Module, example_input: Tensor) -> Folded:
         example_input: its one argument, float32.
 
     Raises:
+        TypeError: the example is not a tensor.
         ValueError: the model or the example is not float32; the model does not return one tensor of two dimensions or
             more, or not a finite one; its forward cannot be traced, such as where it asks a tensor for a decision.
     """
@@ -148,6 +149,8 @@ class _Watch(TorchFunctionMode):
 
 
 def _check_dtypes(model: nn.Module, example_input: Tensor) -> None:
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f"the example input has to be one tensor, not a {type(example_input).__name__}")
     tensors = {"the example input": example_input, **dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from .binary_graph import OPERATOR, binarize
 from .folding import fold
 
 if TYPE_CHECKING:
+    import numpy as np
     import openvino
 
 __all__ = ["RuntimeLayer", "XnorModel", "to_openvino"]
@@ -83,7 +83,7 @@ class XnorModel:
                 "example of that shape"
             )
         array = x.detach().cpu().numpy() if isinstance(x, Tensor) else x
-        logits: np.ndarray[Any, Any] = self.compiled(array.astype(np.float32, copy=False))[0]
+        logits: np.ndarray[Any, Any] = self.compiled(array.astype("float32", copy=False))[0]
         logits = logits.copy()  # the runtime uses its memory again
         return torch.from_numpy(logits) if isinstance(x, Tensor) else logits
 
@@ -159,8 +159,8 @@ def _translation(ov: Any) -> Callable[[Any], Any]:
     """What OpenVINO's PyTorch front end makes of our operator."""
     operators = ov.opset1
 
-    def scalar(value: float) -> Any:
-        return operators.constant(np.full((1, 1, 1, 1), value, np.float32))
+    def single(value: float) -> Any:
+        return operators.constant(torch.full((1, 1, 1, 1), value).numpy())
 
     def translate(call: Any) -> Any:
         weight = torch.from_numpy(call.get_input(1).get_node().data.copy())
@@ -169,8 +169,8 @@ def _translation(ov: Any) -> Callable[[Any], Any]:
         # A tensor of OpenVINO's own: it does not keep memory of others alive.
         bits = ov.Tensor(ov.Type.u1, ov.Shape(list(weight.shape)))
         bits.data[:] = pack_bits(weight > 0).numpy()
-        bound = scalar(_JUST_BELOW_ZERO if zero_is_positive else 0.0)
-        data = operators.fake_quantize(call.get_input(0), bound, bound, scalar(0), scalar(1), 2)
+        bound = single(_JUST_BELOW_ZERO if zero_is_positive else 0.0)
+        data = operators.fake_quantize(call.get_input(0), bound, bound, single(0), single(1), 2)
         convolved = operators.binary_convolution(
             data, ov.op.Constant(bits, shared_memory=False), stride, padding, padding, dilation, "xnor-popcount", 0.0
         )
