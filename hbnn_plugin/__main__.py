@@ -1,8 +1,13 @@
-"""``python -m hbnn_plugin [options] train.py ...``: see :mod:`hbnn_plugin.launcher`."""
+"""``python -m hbnn_plugin``: see :mod:`hbnn_plugin.launcher`."""
 
 import sys
+import traceback
 
 from .launcher import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:  # writing the report can cost Python its own way to end with an interrupt's status
+        traceback.print_exc()
+        sys.exit(130)

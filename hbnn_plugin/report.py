@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,11 +50,10 @@ def write_report(folder: Path, models: Sequence[nn.Module], saved: Sequence[Path
     top = Path(os.path.commonpath([path.parent for path in saved])) if saved else folder
     for path in saved:
         try:
-            content = torch.load(path, weights_only=True, map_location="cpu")
-        except (pickle.UnpicklingError, RuntimeError, EOFError):
+            plain = _plain(torch.load(path, weights_only=True, map_location="cpu"))
+        except Exception:  # a damaged file makes torch.load raise nearly anything
             unread.append(path)
             continue
-        plain = _plain(content)
         if plain is not None:
             target = folder / "fused" / path.relative_to(top)
             target.parent.mkdir(parents=True, exist_ok=True)

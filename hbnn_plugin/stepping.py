@@ -313,12 +313,13 @@ def _framed(step_function: Callable[..., Any]) -> Callable[..., Any]:
                 step.leave()
         return result
 
-    framed.frames_latents = True  # type: ignore[attr-defined]
-    return framed
+    eager: Callable[..., Any] = torch.compiler.disable(framed)  # a compiler would trace the points' bookkeeping
+    eager.frames_latents = True  # type: ignore[attr-defined]
+    return eager
 
 
 @functools.cache
 def install() -> None:
     """Register the global hooks, once a process; :func:`hbnn_plugin.apply` calls this."""
-    register_optimizer_step_pre_hook(_before)
-    register_optimizer_step_post_hook(_after)
+    register_optimizer_step_pre_hook(torch.compiler.disable(_before))
+    register_optimizer_step_post_hook(torch.compiler.disable(_after))

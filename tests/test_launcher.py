@@ -134,7 +134,7 @@ def test_an_interrupt_is_the_scripts_own_and_the_report_is_written(folder: Path)
         finally:
             process.kill()
     assert "KeyboardInterrupt" in errors
-    assert process.returncode in (-signal.SIGINT, 130)
+    assert process.returncode == 130
     assert (folder / "report" / "flips.txt").exists()
 
 

@@ -99,6 +99,20 @@ def test_a_truncated_checkpoint_is_told_and_the_others_are_fused(share: float, t
     assert shown(tmp_path / "report") == [name for name in NAMES if not name.endswith("best.pt")]
 
 
+def test_files_of_torchs_old_format_cut_off_anywhere_are_told(tmp_path: Path) -> None:
+    """From which torch.load raises IndexError, struct.error and more."""
+    net = applied()
+    good, folder = tmp_path / "run" / "good.pt", tmp_path / "run"
+    folder.mkdir()
+    torch.save(net.state_dict(), good, _use_new_zipfile_serialization=False)
+    content = good.read_bytes()
+    cut = [folder / f"{size}.pt" for size in range(0, len(content), 37)]
+    for path in cut:
+        path.write_bytes(content[: int(path.stem)])
+    assert write_report(tmp_path / "report", [net], [*cut, good]) == cut
+    assert shown(tmp_path / "report") == [*NAMES[:3], "fused/good.pt"]
+
+
 def test_a_hostile_checkpoint_runs_no_code(tmp_path: Path) -> None:
     net = applied()
     path = tmp_path / "last.pt"

@@ -100,7 +100,15 @@ def _ratios(lines: Sequence[Line]) -> str:
         ]
         for line in lines
     ]
-    header = ["case", *names, "fused / host", "same top-1 as the host (largest difference): fused", "float32", "int8", "binary"]
+    header = [
+        "case",
+        *names,
+        "fused / host",
+        "same top-1 as the host (largest difference): fused",
+        "float32",
+        "int8",
+        "binary",
+    ]
     return _table(header, rows)
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..convolved import small_input, convolved_weight
+from ..convolved import convolved_weight, small_input
 from ..selection import Predicate, Selected, own_class, select
 from .capture import binary_weights, cluster_settings, plain_copy, unwrapped
 from .container import PackedLayer, read, write

@@ -79,11 +79,14 @@ def _is_elementwise(node: fx.Node, constants: Mapping[fx.Node, Tensor]) -> bool:
 
 def _step(source: fx.Node, operators: list[fx.Node], constants: Mapping[fx.Node, Tensor]) -> Step | None:
     """What the operators, in their order, make of numbers in the place of ``source``."""
-    sizes = torch.tensor(_SIZES)
-    values: dict[fx.Node, Any] = {**constants, source: torch.cat([-sizes, torch.zeros(1), sizes])}
-    for node in operators:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    sizes = torch.tensor(_SIZES).view(-1, 1, 1, 1)
+    values: dict[fx.Node, Any] = {**constants, source: torch.cat([-sizes, torch.zeros(1, 1, 1, 1), sizes])}
+    try:
+        for node in operators:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    except RuntimeError:  # an operator that counts on the real tensor's shape
+        return None
     result = values[operators[-1]].flatten().float()
     if len(result) != 2 * len(sizes) + 1:
         return None
