@@ -204,7 +204,7 @@ def hosts_net() -> nn.Module:
     """A network whose layers are of four hosts by turns."""
     torch.manual_seed(0)
     turns = cycle(HOSTS[host].conv for host in ("irnet", "recu", "siman", "plain"))
-    return settle(resnet8(lambda *args, **options: next(turns)(*args, **options), width=8))
+    return settle(resnet8(lambda *args, **options: next(turns)(*args, **options), width=8))  # noqa: PLW0108
 
 
 def test_hosts_run_binary() -> None:
