@@ -41,9 +41,9 @@ def _settings(
     if start is None:
         start = 1.0 if space == "sphere" else 0.0
     if point_lr is None:
-        point_lr = 0.5 if rule == "spectral" else 1.0
+        point_lr = 0.1 if rule == "spectral" else 1.0
     if point_decay is None:
-        point_decay = 0.05 if rule == "spectral" and space == "ball" else 0.0
+        point_decay = 0.02 if rule == "spectral" and space == "ball" else 0.0
     moving = {"rule": rule, "point_lr": point_lr, "point_decay": point_decay}
     return Settings(space=space, radius=radius, start=start, **moving, **rest)  # type: ignore[arg-type]
 
@@ -138,10 +138,11 @@ def apply(
             the same place in its ball, and a pretrained host's output is kept itself, not only its binary weights.
         start: the point's start on the geodesic from the origin (0, the ball's default) to the weight (1, the
             sphere's).
-        point_lr: the point's learning rate as a multiple of its weight's; 1, for the spectral rule 0.5.
+        point_lr: the point's learning rate as a multiple of its weight's, 1; for the spectral rule of the square root of
+            its weight's (:mod:`hbnn_plugin.rules` says why), 0.1.
         point_momentum: heavy-ball momentum of the point.
         point_decay: decay of the point towards the origin, p ← (1 − η·point_decay) ⊗ p; 0, for the spectral rule
-            in the ball 0.05.
+            in the ball 0.02.
 
     Raises:
         ValueError: an option out of range; nothing to select; weights that are not floating, finite, initialized, or

@@ -7,6 +7,9 @@ r"""How a point moves, given its gradient g = ∂L/∂p and its learning rate η
 * ``spectral`` (not in the paper): p ← p ⊕ (−ηO), O the orthogonal factor of the layer's g with Nesterov momentum 0.95,
   as a matrix (output units × coordinates): each filter's point moves by about η, and no direction that the layer's
   filters share outruns the others (:mod:`hbnn_plugin.spectral`). With ``relative=True`` by about ηs.
+  Its η is ``point_lr`` times the *square root* of the weight's learning rate: where steps shrink with their gradient,
+  what noise does to a weight goes with √lr; steps of fixed length have to go with √lr themselves to come to rest
+  together with the weights, and not long before.
 * ``fixed``: not at all.
 
 Under an optimizer of Adam's kind (its group has ``betas`` or ``eps``) the weights move by about η a coordinate however
@@ -18,7 +21,7 @@ move by about η too; ``mobius`` is then p ← p ⊕ (−ηg), since a g of norm
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -33,7 +36,7 @@ from .passes import combine, inner
 from .recovery import Recovered, radii_of
 from .spectral import orthogonal_factor
 
-__all__ = ["Move", "move"]
+__all__ = ["Move", "move", "point_rate"]
 
 # Of radius 1, the home of √r p. The exact ball: its retraction is the exponential map; PoincareBall's is not.
 _MANIFOLDS = {"ball": geoopt.PoincareBallExact, "sphere": geoopt.SphereExact}
@@ -63,6 +66,14 @@ class Move(NamedTuple):
         """Whether the step needs nothing but the point and its gradient."""
         settings = self.epc.settings
         return settings.rule == "mobius" and not settings.point_momentum and not settings.point_decay
+
+
+def point_rate(epc: EPC, group: Mapping[str, Any]) -> float | Tensor:
+    """η of a point whose weight is in this parameter group, which has an ``lr``."""
+    lr: float | Tensor = group["lr"]
+    if epc.settings.rule == "spectral":
+        lr = lr**0.5
+    return lr * group.get("point_lr", epc.settings.point_lr)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from .cluster import EPC, alive
 from .epc import prepare, pull_back
 from .inplace import InPlace, enter, leave
 from .recovery import Recovered, recover
-from .rules import Move, move
+from .rules import Move, move, point_rate
 from .sharding import sharded_like, whole
 
 __all__ = ["PointStep", "held_clusters", "install", "step_points"]
@@ -82,7 +82,7 @@ class _Pending:
                 f"{self.epc.name}: its weight's parameter group has no learning rate 'lr', so its point's is unknown; "
                 "put an 'lr' into the group, or apply with rule='fixed'"
             )
-        lr = self.group["lr"] * self.group.get("point_lr", self.epc.settings.point_lr)
+        lr = point_rate(self.epc, self.group)
         return Move(self.epc, self.found, -lr if self.group.get("maximize") else lr, self.group)
 
 

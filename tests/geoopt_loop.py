@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-SPECTRAL_MOMENTUM, SPECTRAL_DECAY = 0.95, 0.05
+SPECTRAL_MOMENTUM, SPECTRAL_DECAY = 0.95, 0.02
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def train_with_geoopt(
         for point in points:
             point.grad = None
         F.cross_entropy(torch.func.functional_call(model, mapped, (x,)), y).backward()
-        eta = optimizer.param_groups[0]["lr"] * point_lr
+        eta = optimizer.param_groups[0]["lr"] ** (0.5 if rule == "spectral" else 1) * point_lr
         optimizer.step()
         scheduler.step()
         if rule == "fixed":
