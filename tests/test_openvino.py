@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from itertools import cycle
@@ -360,3 +362,18 @@ def test_without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ImportError, match=r"pip install 'hbnn-plugin\[openvino\]'"):
         export(hosts_net(), images())
+
+
+def test_the_process_takes_signals_after_several_networks_have_gone() -> None:
+    """With a runtime core each, OpenVINO leaves the process without a signal stack: it would die here."""
+    several = [export(tiny_net(), torch.randn(1, 3, 8, 8)) for _ in range(2)]
+    while several:
+        del several[0]
+        gc.collect()
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert caught == [signal.SIGINT]

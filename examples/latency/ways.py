@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import hbnn_plugin
 from hbnn_plugin.export import to_openvino
 from hbnn_plugin.export.folding import fold
+from hbnn_plugin.export.xnor import runtime_core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +81,7 @@ def float_graph(folded: Folded) -> Any:
 def compile_graph(graph: Any, threads: int, **properties: Any) -> Any:
     """For this CPU, with the properties that `to_openvino` sets."""
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    return _openvino().Core().compile_model(graph, "CPU", {**settings, **properties})
+    return runtime_core().compile_model(graph, "CPU", {**settings, **properties})
 
 
 def _openvino() -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import openvino
 
-__all__ = ["RuntimeLayer", "XnorModel", "to_openvino"]
+__all__ = ["RuntimeLayer", "XnorModel", "runtime_core", "to_openvino"]
 
 Array = TypeVar("Array", Tensor, "np.ndarray[Any, Any]")
 
@@ -132,7 +133,7 @@ def to_openvino(
     properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         properties["INFERENCE_NUM_THREADS"] = threads
-    compiled = ov.Core().compile_model(graph, "CPU", properties)
+    compiled = runtime_core().compile_model(graph, "CPU", properties)
     kernels = _binary_kernels(compiled)
     layers, count = [], 0
     for layer in found:
@@ -153,6 +154,18 @@ def _openvino() -> Any:
     except ImportError as error:
         raise ImportError("to_openvino needs openvino: pip install 'hbnn-plugin[openvino]'") from error
     return openvino
+
+
+@cache
+def runtime_core() -> openvino.Core:
+    """The one ``openvino.Core`` of this process, never released.
+
+    Each core gives the process an alternative signal stack and takes it away in its end; when two go in the order in
+    which they came, the older one's, by then unmapped, is put back, and the next signal (Ctrl-C, a DataLoader's worker
+    that ends) kills the process.
+    """
+    core: openvino.Core = _openvino().Core()
+    return core
 
 
 def _translation(ov: Any) -> Callable[[Any], Any]:
