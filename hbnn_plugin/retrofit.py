@@ -138,8 +138,8 @@ def apply(
             the same place in its ball, and a pretrained host's output is kept itself, not only its binary weights.
         start: the point's start on the geodesic from the origin (0, the ball's default) to the weight (1, the
             sphere's).
-        point_lr: the point's learning rate as a multiple of its weight's, 1; for the spectral rule of the square root of
-            its weight's (:mod:`hbnn_plugin.rules` says why), 0.1.
+        point_lr: the point's learning rate as a multiple of its weight's, 1; for the spectral rule 0.1, as a multiple
+            of the square root of its weight's (:mod:`hbnn_plugin.rules` says why).
         point_momentum: heavy-ball momentum of the point.
         point_decay: decay of the point towards the origin, p ← (1 − η·point_decay) ⊗ p; 0, for the spectral rule
             in the ball 0.02.
