@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .cluster import EPC, INPLACE_SUFFIX
 from .epc import Map, exp_map_prepared, prepare, pull_back
 from .sharding import is_sharded, sharded_like, whole
+from .watching import StepWatch
 
 __all__ = ["InPlace", "edited", "enter", "leave"]
 
@@ -47,6 +49,8 @@ class InPlace(EPC):
         self.written: Tensor | None = None
         self.swapped = False
         self._warned = False
+        self._watch = StepWatch()
+        self._watching: RemovableHandle | None = None
 
     @property
     def registered(self) -> bool:
@@ -69,10 +73,12 @@ class InPlace(EPC):
         if self.host is None:
             self.host = (module, tensor_name)
             self.parameter.copy_(self.weight_of(self.latent))
+            self._watching = module.register_forward_pre_hook(self._watch_steps)
 
     def detach_from(self, layers: Sequence[tuple[nn.Module, str]]) -> None:
         """Leave the layers with their weight as it is."""
         self.host = None  # no optimizer step is to find this cluster any more
+        self._end_watch()
         for module, tensor_name in layers:
             del module._modules[tensor_name + INPLACE_SUFFIX]
 
@@ -125,6 +131,26 @@ class InPlace(EPC):
                 "apply(..., relative=True), would keep both.",
                 stacklevel=2,
             )
+
+    def _watch_steps(self, module: nn.Module, args: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        changes = self._watch.sees_a_still_point(self, self.parameter)
+        if self._watch.is_over:
+            self._end_watch()
+        if changes:
+            warnings.warn(
+                f"{self.name}: its weight has changed {changes} times, and no optimizer step has been seen. An "
+                "optimizer that does not fire torch's step hooks (it may skip super().__init__()) trains the bare host "
+                "in in-place mode: let it call super().__init__(), or use hbnn_plugin.ClusterSGD, ClusterAdam or "
+                "ClusterAdamW.",
+                stacklevel=2,
+            )
+
+    def _end_watch(self) -> None:
+        if self._watching is not None:
+            self._watching.remove()
+            self._watching = None
 
     @contextlib.contextmanager
     def bypassed(self) -> Iterator[None]:

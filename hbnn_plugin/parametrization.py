@@ -16,12 +16,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .cluster import EPC, find
 from .epc import Prepared, exp_map_prepared
 from .sharding import whole
+from .watching import StepWatch
 
 __all__ = ["Parametrized"]
 
-_WATCHED_FORWARDS = 20
 _WATCHED_READS = 20
-_LATENT_MOVES_TO_WARN = 3
 
 
 class _Identity(nn.Module):
@@ -40,7 +39,7 @@ class Parametrized(EPC):
         super().__init__(weight, *args, **kwargs)
         self._bypass = False
         self.prepared: Prepared | None = None
-        self._watch: tuple[int, int, float | None] = (_WATCHED_FORWARDS, 0, None)
+        self._watch = StepWatch()
         self._reads_to_watch = _WATCHED_READS
         self._last_read: tuple[Tensor, float] | None = None
 
@@ -103,8 +102,8 @@ class Parametrized(EPC):
         else:
             weight = self.weight_of(latent)
         if not torch.compiler.is_compiling() and type(latent) is nn.Parameter:  # a compiler would guard on the counters
-            if self.training and self._watch[0]:
-                self._watch_latent(latent)
+            if not self._watch.is_over:
+                self._watch_steps(latent)
             if self._reads_to_watch:
                 self._watch_edits(weight)
         return weight
@@ -119,7 +118,7 @@ class Parametrized(EPC):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The latent whose weight is ``weight``; outside the ball, its direction at the edge, with a warning."""
         latent, outside = self.latent_of(weight)
-        self._watch = (self._watch[0], 0, None)  # this change is not an optimizer's
+        self._watch.forget()
         if outside:
             edge = "on the sphere" if self.settings.space == "sphere" else "inside the ball"
             warnings.warn(
@@ -139,19 +138,9 @@ class Parametrized(EPC):
         finally:
             self._bypass = False
 
-    def _watch_latent(self, latent: Tensor) -> None:
-        """Warn once when the latent trains and the point does not: some optimizers never fire torch's step hooks."""
-        if not torch.is_grad_enabled() or type(latent) is not nn.Parameter or not latent.requires_grad:
-            return
-        left, changes, last = self._watch
-        if self.moves or self.hooked or self.settings.rule == "fixed":
-            self._watch = (0, 0, None)
-            return
-        fingerprint = float(latent.detach().double().sum())
-        changes += last is not None and fingerprint != last
-        self._watch = (left - 1, changes, fingerprint)
-        if changes >= _LATENT_MOVES_TO_WARN:
-            self._watch = (0, 0, None)
+    def _watch_steps(self, latent: Tensor) -> None:
+        changes = self._watch.sees_a_still_point(self, latent)
+        if changes:
             warnings.warn(
                 f"{self.name}: its latent weight has changed {changes} times and its point has not moved. The "
                 "optimizer does not fire torch's step hooks (it may skip super().__init__()). Use "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import defaultdict
 from typing import Any
@@ -44,6 +45,30 @@ def test_an_optimizer_without_hooks_is_reported_once_a_layer() -> None:
     assert [m.split(":")[0] for m in messages] == list(BINARY_LAYERS)
     assert all("step_points" in m and "ClusterSGD" in m for m in messages)
     assert steps(net) == [0, 0]
+
+
+def test_in_place_it_is_reported_once_a_layer_too() -> None:
+    net = applied(mode="inplace")
+    twin = copy.deepcopy(net)
+    for model in (net, twin):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, BareSgd(model.parameters(), lr=0.1), 8)
+        messages = [str(w.message) for w in caught]
+        assert [m.split(":")[0] for m in messages] == list(BINARY_LAYERS)
+        assert all("super().__init__()" in m and "ClusterSGD" in m for m in messages)
+
+
+def test_in_place_nothing_watches_any_longer_once_an_optimizer_has_stepped() -> None:
+    net = applied(mode="inplace")
+    copied = copy.deepcopy(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model in (net, copied):
+            train(model, SGD(model.parameters(), lr=0.1), 5)
+            assert not any(module._forward_pre_hooks for module in (model.conv1, model.conv2))
+    fused = hbnn_plugin.fuse(applied(mode="inplace"))
+    assert not any(module._forward_pre_hooks for module in (fused.conv1, fused.conv2))
 
 
 def test_step_points_steps_for_an_optimizer_without_hooks() -> None:
