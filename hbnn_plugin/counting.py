@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .export.capture import BinaryWeight, cluster_settings, plain_copy, seen_weights
 from .operations import Operations, count_operations
 from .selection import own_class
-from .tables import table
+from .tables import ByLayer, table
 
 __all__ = ["Complexity", "Cost", "LayerComplexity", "complexity"]
 
@@ -47,7 +47,7 @@ class Cost(NamedTuple):
     """Multiply-adds, or what counts as one."""
 
 
-class Complexity(Mapping[str, LayerComplexity]):
+class Complexity(ByLayer[LayerComplexity]):
     """Layer name → :class:`LayerComplexity`. Its repr is a table.
 
     Attributes:
@@ -63,19 +63,10 @@ class Complexity(Mapping[str, LayerComplexity]):
     def __init__(
         self, layers: Mapping[str, LayerComplexity], paper: Cost, total: Cost, input_shape: Sequence[int]
     ) -> None:
-        self._layers = dict(layers)
+        super().__init__(layers)
         self.paper = paper
         self.total = total
         self.input_shape = tuple(input_shape)
-
-    def __getitem__(self, layer: str) -> LayerComplexity:
-        return self._layers[layer]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
 
     def __repr__(self) -> str:
         header = ("layer", "kind", "parameters", "bits", "bytes", "multiply-adds", "binary", "elementwise")

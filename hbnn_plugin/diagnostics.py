@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import nn
 
 from .flips import applied_layers, current_bits
-from .tables import table
+from .tables import ByLayer, table
 
 __all__ = ["ClusterReport", "LayerClusters", "cluster_report"]
 
@@ -30,20 +29,8 @@ class LayerClusters(NamedTuple):
     """
 
 
-class ClusterReport(Mapping[str, LayerClusters]):
+class ClusterReport(ByLayer[LayerClusters]):
     """Layer name → :class:`LayerClusters`. Its repr is a table."""
-
-    def __init__(self, layers: Mapping[str, LayerClusters]) -> None:
-        self._layers = dict(layers)
-
-    def __getitem__(self, layer: str) -> LayerClusters:
-        return self._layers[layer]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
 
     def __repr__(self) -> str:
         rows = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,26 +10,18 @@ from torch import Tensor, nn
 from .cluster import EPC, find
 from .convolved import binary_value, convolved_weight, pack_bits, unpack_bits
 from .selection import own_class
-from .tables import table
+from .tables import ByLayer, table
 
 __all__ = ["FlipRatio", "applied_layers", "binary_bits", "current_bits", "flip_ratio", "set_reference"]
 
 
-class FlipRatio(Mapping[str, float]):
+class FlipRatio(ByLayer[float]):
     """Layer name → flip ratio, a share of the layer's weights from 0 to 1. Its repr is a table."""
 
     def __init__(self, flips: Mapping[str, int], weights: Mapping[str, int]) -> None:
+        super().__init__({layer: flips[layer] / weights[layer] for layer in flips})
         self.flips = dict(flips)
         self.weights = dict(weights)
-
-    def __getitem__(self, layer: str) -> float:
-        return self.flips[layer] / self.weights[layer]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.flips)
-
-    def __len__(self) -> int:
-        return len(self.flips)
 
     @property
     def total(self) -> float:

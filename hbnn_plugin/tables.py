@@ -1,10 +1,29 @@
-"""Plain-text tables for reprs."""
+"""What reports are made of: something by layer, and plain-text tables for reprs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Generic, TypeVar
 
-__all__ = ["table"]
+__all__ = ["ByLayer", "table"]
+
+T = TypeVar("T")
+
+
+class ByLayer(Mapping[str, T], Generic[T]):
+    """Layer name → what there is to say of it, not to be changed; a report adds its repr."""
+
+    def __init__(self, layers: Mapping[str, T]) -> None:
+        self._layers = dict(layers)
+
+    def __getitem__(self, layer: str) -> T:
+        return self._layers[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,7 +7,7 @@ becomes a constant, bit for bit; the code that computed it falls away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +16,12 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from ..convolved import CONVOLUTIONS
 from .capture import ROUNDINGS, plain_copy
 
 __all__ = ["Folded", "SignsAndScales", "add_constant", "constants", "convolutions", "fold", "signs_and_scales"]
 
-_CONVOLUTIONS: frozenset[Callable[..., Any]] = frozenset(
-    {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, torch.convolution}
-)
+_CONVOLUTIONS = CONVOLUTIONS - {F.linear}
 _OPERATORS = frozenset(f.__name__ for f in _CONVOLUTIONS)
 
 
