@@ -30,7 +30,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_case_of_each_section_and_the_report(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny, training = Inference(Network("irnet", "resnet8"), 1, 1), cases.Training("irnet", "resnet20", 2, 1, turns=2)
+    tiny, training = Inference(Network("irnet", "resnet8"), 1, 1), cases.Training("irnet", "resnet8", 2, 1, turns=2)
     equal = Equality(Network("irnet", "resnet8"), 2)
     monkeypatch.setitem(networks._ARCHS, "resnet8", lambda conv: resnet8(conv, width=8))
     monkeypatch.setattr(benchmark_latency, "INFERENCE", [tiny])

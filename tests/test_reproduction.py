@@ -129,7 +129,7 @@ def test_a_run_stopped_after_an_epoch_leaves_the_same_line(data: Path, tmp_path:
 
 def test_a_study_killed_and_repeated_ends_with_the_same_lines(data: Path, tmp_path: Path) -> None:
     def command(name: str) -> list[str]:
-        options = ["--preset", "smoke", "--archs", "resnet8", "--hosts", "irnet", "--arms", "bare", "HBNN"]
+        options = ["--preset", "smoke", "--archs", "resnet8", "--hosts", "irnet", "--arms", "HBNN"]
         options += ["--seeds", "1", "--jobs", "1"]
         folders = ["--data", str(data), "--results", str(tmp_path / name), "--runs", str(tmp_path / name / "runs")]
         return [sys.executable, str(REPRODUCE), "table5", *options, *folders]
