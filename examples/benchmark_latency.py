@@ -57,6 +57,7 @@ def _measure(args: argparse.Namespace, path: Path, done: set[tuple[str, str]]) -
         due = [("equality", case) for case in EQUALITY]
     elif args.quick:
         due = [(section, case) for section, case in due if case in QUICK]
+    due = [(section, case) for section, case in due if any(part in case.name for part in args.cases)]
     due = [(section, case) for section, case in due if args.again or (section, case.name) not in done]
     with tqdm(due, unit="case", dynamic_ncols=True) as bar:
         for section, case in bar:
@@ -78,6 +79,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure latency in torch and OpenVINO.")
     add = parser.add_argument
     add("--quick", action="store_true", help="only the first inference and the first training case")
+    add("--cases", nargs="+", default=[""], help="only cases whose name holds one of these")
     add("--equality", type=Path, metavar="DIR", help="compare outputs on CIFAR-10 in DIR; trains networks if needed")
     add("--seconds", type=float, default=60, help="about how long an inference case takes its turns (%(default)s)")
     add("--again", action="store_true", help="measure again what has a line; the last line counts")

@@ -23,11 +23,11 @@ class Training:
     arch: str
     batch: int
     threads: int
-    turns: int = 12
+    turns: int = 8
 
     @property
     def name(self) -> str:
-        return f"{self.host} {self.arch}, batch {self.batch}, {self.threads} thread{'s' * (self.threads > 1)}"
+        return f"a step of {self.host} {self.arch}, batch {self.batch}, {self.threads} thread{'s' * (self.threads > 1)}"
 
     def measure(self) -> dict[str, Any]:
         torch.set_num_threads(self.threads)

@@ -25,23 +25,29 @@ MOVED = 7
 
 
 class Weights(NamedTuple):
-    """One layer's, as rows of one point each."""
+    """One layer's, of shape (filters, coordinates)."""
 
     point: Tensor
     latent: Tensor
     upstream: Tensor
+    dims: tuple[int, ...]
+    """Of one point: (1,) for a point per filter, (0, 1) for one in all."""
 
 
-def _weights(points: int, coordinates: int, generator: torch.Generator) -> Weights:
-    v = 0.02 * torch.randn(points, coordinates, generator=generator)
-    p = torch.randn(points, coordinates, generator=generator)
-    p *= 0.2 / (RADIUS**0.5 * p.norm(dim=1, keepdim=True))  # a fifth of the way to the edge
-    return Weights(p, v.requires_grad_(), torch.randn(points, coordinates, generator=generator))
+def _weights(filters: int, coordinates: int, per: str, generator: torch.Generator) -> Weights:
+    dims = (1,) if per == "filter" else (0, 1)
+    v = 0.02 * torch.randn(filters, coordinates, generator=generator)
+    p = torch.randn(filters, coordinates, generator=generator)
+    p *= 0.2 / (RADIUS**0.5 * p.norm(dim=dims, keepdim=True))  # a fifth of the way to the edge
+    return Weights(p, v.requires_grad_(), torch.randn(filters, coordinates, generator=generator), dims)
 
 
 def one_layer(points: int = 512, weights: int = 512 * 512 * 9) -> list[Weights]:
     """The largest layer of a ResNet, in so many points."""
-    return [_weights(points, weights // points, torch.Generator().manual_seed(0))]
+    generator = torch.Generator().manual_seed(0)
+    if points == 1:
+        return [_weights(512, weights // 512, "layer", generator)]
+    return [_weights(points, weights // points, "filter", generator)]
 
 
 def weights_of(arch: str, per: str) -> list[Weights]:
@@ -50,19 +56,20 @@ def weights_of(arch: str, per: str) -> list[Weights]:
     with torch.device("meta"):
         network = NETWORKS[arch](get_host("irnet", arch).conv)
     shapes = [layer.weight.flatten(1).shape for _, layer in binary_layers(network)]
-    return [_weights(n if per == "filter" else 1, k if per == "filter" else n * k, generator) for n, k in shapes]
+    return [_weights(n, k, per, generator) for n, k in shapes]
 
 
 def _geoopt(ball: geoopt.PoincareBallExact, w: Weights) -> Tensor:
-    return ball.expmap(w.point, w.latent)  # type: ignore[no-any-return]
+    rows = (1, -1) if len(w.dims) == 2 else w.latent.shape
+    return ball.expmap(w.point.view(rows), w.latent.view(rows)).view(w.latent.shape)  # type: ignore[no-any-return]
 
 
-def _formula(p: Tensor, v: Tensor) -> Tensor:
+def _formula(p: Tensor, v: Tensor, dims: tuple[int, ...]) -> Tensor:
     """exp_p(v) as the paper writes it, in torch's operations."""
-    vv, pp = (v * v).sum(-1, keepdim=True), (p * p).sum(-1, keepdim=True)
+    vv, pp = (v * v).sum(dims, keepdim=True), (p * p).sum(dims, keepdim=True)
     norm = (RADIUS * vv).sqrt()
     u = (norm / (1 - RADIUS * pp)).tanh() / norm * v
-    pu, uu = (p * u).sum(-1, keepdim=True), (u * u).sum(-1, keepdim=True)
+    pu, uu = (p * u).sum(dims, keepdim=True), (u * u).sum(dims, keepdim=True)
     above = (1 + 2 * RADIUS * pu + RADIUS * uu) * p + (1 - RADIUS * pp) * u
     return above / (1 + 2 * RADIUS * pu + RADIUS**2 * pp * uu)
 
@@ -80,15 +87,15 @@ def measure_map(layers: Sequence[Weights], turns: int, compiled: bool = True) ->
             del kept
 
     arms: dict[str, Callable[[], object]] = {
-        "plugin": both_ways(lambda w: hbnn_plugin.exp_map(w.point, w.latent, RADIUS)),
+        "plugin": both_ways(lambda w: hbnn_plugin.exp_map(w.point, w.latent, RADIUS, dims=w.dims)),
         "geoopt": both_ways(lambda w: _geoopt(ball, w)),
         FLOOR: floor,
     }
     if compiled:
         torch.compiler.reset()
         ours, plain = torch.compile(hbnn_plugin.exp_map), torch.compile(_formula)
-        arms["plugin, compiled"] = both_ways(lambda w: ours(w.point, w.latent, RADIUS))
-        arms["formula, compiled"] = both_ways(lambda w: plain(w.point, w.latent))
+        arms["plugin, compiled"] = both_ways(lambda w: ours(w.point, w.latent, RADIUS, dims=w.dims))
+        arms["formula, compiled"] = both_ways(lambda w: plain(w.point, w.latent, w.dims))
     seconds = in_turns(arms, turns)
     seconds[FLOOR] = [s * MOVED / 4 for s in seconds[FLOOR]]  # the clones move four
     return {

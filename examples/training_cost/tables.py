@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 __all__ = ["report"]
+
+TRIED = Path(__file__).parent / "tried.md"
+"""What no benchmark repeats."""
 
 _HEAD = """# What the plugin costs in training
 
@@ -24,6 +28,7 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
         found = [line for (name, _), line in last.items() if name == section]
         if found:
             parts += [_TITLES[section], table(found), _machines(found)]
+    parts.append(TRIED.read_text(encoding="utf-8"))
     return "\n".join(parts)
 
 
