@@ -54,13 +54,13 @@ class Prepared(NamedTuple):
     """(9, ...), size 1 in the map's dims: the eight of :class:`Slopes`, and the taming of v."""
     careful: bool
     """Whether v has to be tamed."""
-    out: Tensor | None
-    """Memory for the result, if it is not to be fresh."""
+    out: Tensor
+    """Memory for the result."""
 
 
-def _gram(p: Tensor, v: Tensor, dims: Dims, *, exact: bool = False) -> Tensor:
-    """⟨p,p⟩, ⟨v,v⟩ and ⟨p,v⟩, stacked; if not ``exact``, unwatched."""
-    return torch.stack([inner(x, y, dims, exact=exact, unwatched=True) for x, y in ((p, p), (v, v), (p, v))])
+def _gram(p: Tensor, v: Tensor, dims: Dims, *, exact: bool = False, scratch: Tensor | None = None) -> Tensor:
+    """⟨p,p⟩, ⟨v,v⟩ and ⟨p,v⟩, stacked."""
+    return torch.stack([inner(x, y, dims, exact=exact, scratch=scratch) for x, y in ((p, p), (v, v), (p, v))])
 
 
 def _taming(v: Tensor, dims: Dims) -> Tensor:
@@ -78,21 +78,21 @@ def prepare(maps: Sequence[Map], out: Sequence[Tensor] | None = None) -> list[Pr
 
     ``out``: memory for their results, of the latents' shapes and dtypes; by default fresh.
     """
-    memory: Sequence[Tensor | None] = [None] * len(maps) if out is None else out
     alike: dict[tuple[int, torch.device], list[int]] = {}
     for i, m in enumerate(maps):
         alike.setdefault((id(m.space), m.latent.device), []).append(i)
     made: dict[int, Prepared] = {}
     for members in alike.values():
-        made |= zip(members, _prepare_alike([maps[i] for i in members], [memory[i] for i in members]))
+        memory = [torch.empty_like(maps[i].latent) if out is None else out[i] for i in members]
+        made |= zip(members, _prepare_alike([maps[i] for i in members], memory))
     return [made[i] for i in range(len(maps))]
 
 
-def _prepare_alike(maps: Sequence[Map], out: Sequence[Tensor | None]) -> list[Prepared]:
+def _prepare_alike(maps: Sequence[Map], out: Sequence[Tensor]) -> list[Prepared]:
     careful = [True] * len(maps)
     grams, tamings = [torch.empty(0)] * len(maps), [torch.empty(0)] * len(maps)
-    if maps[0].latent.is_cpu:  # a CPU looks whether care is needed; elsewhere looking would cost a synchronisation
-        grams = [_gram(m.point, m.latent, m.dims) for m in maps]
+    if out[0].is_cpu:  # a CPU looks whether care is needed; elsewhere looking would cost a synchronisation
+        grams = [_gram(m.point, m.latent, m.dims, scratch=memory) for m, memory in zip(maps, out)]
         tamings = [torch.ones_like(g[0]) for g in grams]
         easy = (_joined(grams).abs() < 1e200).all(0) & ~maps[0].space.delicate(_joined(grams)[0], _radii(maps, grams))
         careful = [not bool(part.all()) for part in easy.split([t.numel() for t in tamings])]
@@ -120,27 +120,27 @@ def _radii(maps: Sequence[Map], grams: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def pull_back(of: Map, prepared: Prepared, upstream: Tensor) -> Tensor:
-    """∂L/∂v for ∂L/∂x, of a map that :func:`prepare` was called for."""
+    """∂L/∂v for ∂L/∂x, of a map that :func:`prepare` was called for; in its memory."""
     *slopes, taming = prepared.scalars.unbind()
     v = of.latent * taming.to(of.latent.dtype) if prepared.careful else of.latent
-    a, b = (inner(upstream, x, of.dims, unwatched=True) for x in (of.point, v))
-    return _latent_gradient(Slopes(*slopes), taming, (a, b), (v, upstream, of.point), unwatched=True)
+    a, b = (inner(upstream, x, of.dims, scratch=prepared.out) for x in (of.point, v))
+    return _latent_gradient(Slopes(*slopes), taming, (a, b), (upstream, v, of.point), prepared.out)
 
 
 def _latent_gradient(
-    k: Slopes, taming: Tensor, ab: tuple[Tensor, Tensor], vectors: tuple[Tensor, ...], unwatched: bool
+    k: Slopes, taming: Tensor, ab: tuple[Tensor, Tensor], vectors: tuple[Tensor, ...], out: Tensor | None
 ) -> Tensor:
-    """2(a α_V + b β_V) v + βG + (a α_Q + b β_Q) p, for the vectors v, G and p."""
+    """βG + 2(a α_V + b β_V) v + (a α_Q + b β_Q) p, for the vectors G, v and p."""
     a, b = ab
     own, cross = 2 * (a * k.alpha_v + b * k.beta_v), a * k.alpha_q + b * k.beta_q
-    return combine((taming * own, taming * k.beta, taming * cross), vectors, unwatched=unwatched)
+    return combine((taming * k.beta, taming * own, taming * cross), vectors, out=out)
 
 
-def _point_gradient(k: Slopes, ab: tuple[Tensor, Tensor], vectors: tuple[Tensor, ...], unwatched: bool) -> Tensor:
-    """2(a α_P + b β_P) p + αG + (a α_Q + b β_Q) v, for the vectors p, G and v."""
+def _point_gradient(k: Slopes, ab: tuple[Tensor, Tensor], vectors: tuple[Tensor, ...], out: Tensor | None) -> Tensor:
+    """αG + 2(a α_P + b β_P) p + (a α_Q + b β_Q) v, for the vectors G, p and v."""
     a, b = ab
     own, cross = 2 * (a * k.alpha_p + b * k.beta_p), a * k.alpha_q + b * k.beta_q
-    return combine((own, k.alpha, cross), vectors, unwatched=unwatched)
+    return combine((k.alpha, own, cross), vectors, out=out)
 
 
 class _Exp(torch.autograd.Function):
@@ -153,8 +153,7 @@ class _Exp(torch.autograd.Function):
         scalars, careful, out = prepared or prepare([Map(p, v, r, space, dims)])[0]
         if careful:
             v = v * scalars[8].to(v.dtype)
-        alpha, beta = scalars[:2].unbind()
-        return combine((beta, alpha), (v, p), out, unwatched=True), scalars, careful
+        return combine(scalars[:2].unbind(), (p, v), out=out), scalars, careful
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, bool]) -> None:
@@ -170,14 +169,18 @@ class _Exp(torch.autograd.Function):
         if ctx.careful:
             v = v * taming.to(v.dtype)
         k = Slopes(*slopes)
-        unwatched = not torch.is_grad_enabled()
-        if not unwatched:  # a second derivative is wanted: let autograd see how the scalars arise
+        spare = None
+        if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see how the scalars arise
             pp, vv, pv = _gram(p, v, dims, exact=True)
             k = ctx.space.exp_slopes(pp, vv, pv, ctx.r)
-        ab = inner(grad, p, dims, unwatched=unwatched), inner(grad, v, dims, unwatched=unwatched)
-        needs_p, needs_v, *_ = ctx.needs_input_grad
-        grad_p = _point_gradient(k, ab, (p, grad, v), unwatched) if needs_p else None
-        grad_v = _latent_gradient(k, taming, ab, (v, grad, p), unwatched) if needs_v else None
+        else:
+            spare = torch.empty_like(v)  # becomes a gradient in the end
+        ab = inner(grad, p, dims, scratch=spare), inner(grad, v, dims, scratch=spare)
+        grad_p = grad_v = None
+        if ctx.needs_input_grad[1]:
+            grad_v, spare = _latent_gradient(k, taming, ab, (grad, v, p), spare), None
+        if ctx.needs_input_grad[0]:
+            grad_p = _point_gradient(k, ab, (grad, p, v), spare)
         return grad_p, grad_v, None, None, None, None
 
     @staticmethod

@@ -39,10 +39,10 @@ class Recovered(NamedTuple):
     """One bool a point."""
 
 
-def _gram(epc: EPC, v: Tensor, h: Tensor) -> Tensor:
+def _gram(epc: EPC, v: Tensor, h: Tensor, scratch: Tensor) -> Tensor:
     p = epc.point
     pairs = ((p, p), (v, v), (p, v), (h, p), (h, v), (h, h))
-    return torch.stack([inner(x, y, epc.dims, unwatched=True).flatten() for x, y in pairs])
+    return torch.stack([inner(x, y, epc.dims, scratch=scratch).flatten() for x, y in pairs])
 
 
 def _products(gram: Tensor, coefficients: Tensor) -> Tensor:
@@ -87,7 +87,8 @@ def recover(
             epc = clusters[i]
             v, h = (epc.logical(whole(t.detach())).to(epc.point.dtype) for t in (epc.parameter, gradients[i]))
             vectors.append((epc.point, v, h))
-        gram = torch.cat([_gram(clusters[i], v, h) for i, (_, v, h) in zip(members, vectors)], dim=1)
+        spare = [torch.empty_like(p) for p, _, _ in vectors]  # become the gradients in the end
+        gram = torch.cat([_gram(clusters[i], v, h, out) for i, (_, v, h), out in zip(members, vectors, spare)], dim=1)
         radii = torch.cat([radii_of(clusters[i], gram) for i in members])
         found = clusters[members[0]].settings.geometry.point_gradient(gram, radii)
         sizes = [clusters[i].points for i in members]
@@ -103,17 +104,17 @@ def recover(
         to_upstream = torch.where(valid, found.upstream, 0.0)  # keeps grad_scale: it goes back into v.grad
         products = torch.where(valid, _products(gram, to_gradient), 0.0)
         scalars = (t.split(sizes, dim=-1) for t in (to_gradient, to_upstream, products, valid))
-        for i, (p, v, h), (gradient_part, upstream_part, products_part, valid_part) in zip(
-            members, vectors, zip(*scalars)
+        for i, (p, v, h), out, (gradient_part, upstream_part, products_part, valid_part) in zip(
+            members, vectors, spare, zip(*scalars)
         ):
             shape = clusters[i].mean_square.shape
             mask = valid_part.reshape(shape)
             if not (h.is_cpu and bool(valid_part.all())):  # 0 · nan is nan
                 v, h = torch.where(mask, v, 0.0), torch.where(mask, h, 0.0)  # noqa: PLW2901
             results[i] = Recovered(
-                combine(gradient_part.reshape(3, *shape).unbind(), (p, v, h), unwatched=True),
+                combine(gradient_part.reshape(3, *shape).unbind(), (p, v, h), out=out),
                 products_part.reshape(3, *shape),
-                combine(upstream_part.reshape(3, *shape).unbind(), (p, v, h), unwatched=True) if upstream else None,
+                combine(upstream_part.reshape(3, *shape).unbind(), (p, v, h)) if upstream else None,
                 mask,
             )
     return [results[i] for i in range(len(clusters))]

@@ -106,7 +106,7 @@ def _move_plain(steps: list[Move]) -> None:
     a, b = torch.where(moves, a, 1.0), torch.where(moves, b * scale, 0.0)
     for step, *coefficients in zip(steps, a.split(sizes), b.split(sizes)):
         p, g = step.epc.point, step.found.gradient
-        combine([c.reshape(step.found.valid.shape) for c in coefficients], (p, g), p, unwatched=True)
+        combine([c.reshape(step.found.valid.shape) for c in coefficients], (p, g), out=p)
 
 
 def _scale_and_rate(step: Move) -> Tensor:
