@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from latency.ways import BINARY, FLOAT, FUSED, INT8
+from latency.ways import APPLIED, BINARY, FLOAT, FOLDED, FUSED, HOST, INT8
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     Line = Mapping[str, Any]
 
 __all__ = ["draw", "tables"]
+
+_WAYS = (HOST, APPLIED, FUSED, FOLDED, FLOAT, INT8, BINARY)
 
 _HEAD = """# Latency
 
@@ -53,23 +55,26 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     """Latency of every way by network, batch 1 on one thread; and a training step beside the bare host's."""
     shown = [line for line in of_section(lines, "inference") if line["batch"] == line["threads"] == 1]
     training = [line for line in of_section(lines, "training") if line["threads"] == 1]
-    figure = Figure(figsize=(3.2 * max(len(shown), 2) + 3, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[max(len(shown), 1), 1])
-    names = list(dict.fromkeys(way for line in shown for way in line["milliseconds"]))
+    figure = Figure(figsize=(1.6 * max(len(shown), 2) + 3, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[max(len(shown), 2), 2])
+    names = [way for way in _WAYS if any(way in line["milliseconds"] for line in shown)]
     for i, way in enumerate(names):
         places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j in range(len(shown))]
         _bars(left, places, 0.8 / len(names), [line["milliseconds"].get(way) for line in shown], way)
     left.set_xticks(range(len(shown)), [line["network"].replace(" ", "\n", 1) for line in shown])
     left.set(yscale="log", ylabel="milliseconds, median and 95 % interval", title="Inference, batch 1, one thread")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, ncols=4, loc="upper left")
+    low, high = left.get_ylim()
+    left.set_ylim(low, 5 * high)  # room for the legend
     arms = list(dict.fromkeys(arm for line in training for arm in line["ratio to the bare host"]))
     for i, arm in enumerate(arms):
         places = [j + (i - (len(arms) - 1) / 2) * 0.8 / len(arms) for j in range(len(training))]
         _bars(right, places, 0.8 / len(arms), [line["ratio to the bare host"][arm] for line in training], arm)
     right.axhline(1, color="0.5", linewidth=1)
-    right.set_xticks(range(len(training)), [line["case"].split(",")[0].replace(" ", "\n", 1) for line in training])
+    labels = [line["case"].split(",")[0].removeprefix("a step of ").replace(" ", "\n", 1) for line in training]
+    right.set_xticks(range(len(training)), labels)
     right.set(ylabel="multiple of the bare host's", title="Training step, batch 32")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
 
 
@@ -81,7 +86,7 @@ def _bars(axis: Any, places: Sequence[float], width: float, estimates: Sequence[
 
 
 def _inference(lines: Sequence[Line]) -> str:
-    names = list(dict.fromkeys(way for line in lines for way in line["milliseconds"]))
+    names = [way for way in _WAYS if any(way in line["milliseconds"] for line in lines)]
     rows = [
         [line["case"], *(_cell(line["milliseconds"].get(way)) for way in names), line["turns"], line["load"]]
         for line in lines
@@ -90,7 +95,7 @@ def _inference(lines: Sequence[Line]) -> str:
 
 
 def _ratios(lines: Sequence[Line]) -> str:
-    names = [way for way in dict.fromkeys(w for line in lines for w in line["milliseconds"]) if way != BINARY]
+    names = [way for way in _WAYS if way != BINARY and any(way in line["milliseconds"] for line in lines)]
     rows = [
         [
             line["case"],

@@ -22,7 +22,19 @@ if TYPE_CHECKING:
     from hbnn_plugin.export.folding import Folded
     from hbnn_plugin.export.xnor import XnorModel
 
-__all__ = ["APPLIED", "BINARY", "FLOAT", "FUSED", "HOST", "INT8", "Ways", "compile_graph", "float_graph", "ways"]
+__all__ = [
+    "APPLIED",
+    "BINARY",
+    "FLOAT",
+    "FOLDED",
+    "FUSED",
+    "HOST",
+    "INT8",
+    "Ways",
+    "compile_graph",
+    "float_graph",
+    "ways",
+]
 
 HOST = "host"
 APPLIED = "host + HBNN"
@@ -57,9 +69,8 @@ def ways(model: nn.Module, x: Tensor, threads: int) -> Ways:
     folded = fold(fused, x)
     plain = float_graph(folded)
     xnor = to_openvino(fused, x, threads=threads, tolerance=None)
-    graphs = {FLOAT: plain, BINARY: xnor.graph}
-    if quantized := _quantized(plain, x):
-        graphs[INT8] = quantized
+    quantized = _quantized(plain, x)
+    graphs = {FLOAT: plain, **({INT8: quantized} if quantized else {}), BINARY: xnor.graph}
     arms: dict[str, Callable[[], np.ndarray[Any, Any]]] = {
         name: _in_torch(run, x)
         for name, run in {HOST: bare, APPLIED: applied, FUSED: fused, FOLDED: folded.graph}.items()
