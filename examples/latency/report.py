@@ -55,7 +55,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     """Latency of every way by network, batch 1 on one thread; and a training step beside the bare host's."""
     shown = [line for line in of_section(lines, "inference") if line["batch"] == line["threads"] == 1]
     training = [line for line in of_section(lines, "training") if line["threads"] == 1]
-    figure = Figure(figsize=(1.6 * max(len(shown), 2) + 3, 4.2), layout="constrained")
+    figure = Figure(figsize=(1.6 * max(len(shown), 4) + 3, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[max(len(shown), 2), 2])
     names = [way for way in _WAYS if any(way in line["milliseconds"] for line in shown)]
     for i, way in enumerate(names):
