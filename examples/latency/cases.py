@@ -47,6 +47,6 @@ INFERENCE = _ONE + _HOSTS + _OTHERS
 TRAINING = [Training("irnet", arch, 32, threads) for threads in (1, 2) for arch in ("resnet18", "vgg_small")]
 QUICK = (_ONE[0], TRAINING[0])
 EQUALITY = [
-    Equality(Network("irnet", "resnet18"), 300),
+    Equality(Network("irnet", "resnet18"), 800),
     *(Equality(Network(host, "resnet20"), 300) for host in ("recu", "siman", "plain")),
 ]
