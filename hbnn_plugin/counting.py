@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .export.capture import BinaryWeight, cluster_settings, plain_copy, seen_weights
+from .capture import BinaryWeight, cluster_settings, plain_copy, seen_weights
 from .operations import Operations, count_operations
 from .selection import own_class
 from .tables import ByLayer, table

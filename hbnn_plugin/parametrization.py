@@ -96,12 +96,14 @@ class Parametrized(EPC):
         """The weight exp_p(v): shape and dtype of the latent."""
         if self._bypass:
             return whole(latent)
+        if torch.compiler.is_compiling():  # which fuses by itself, and would guard on every counter that it meets
+            return self.weight_of(latent)
         prepared, self.prepared = self.prepared, None  # to be read once
         if prepared is not None and self.owner is not None and latent is self.owner[0].original:
             weight = exp_map_prepared(self.map_of(latent), prepared).reshape(latent.shape)
         else:
             weight = self.weight_of(latent)
-        if not torch.compiler.is_compiling() and type(latent) is nn.Parameter:  # a compiler would guard on the counters
+        if type(latent) is nn.Parameter:
             if not self._watch.is_over:
                 self._watch_steps(latent)
             if self._reads_to_watch:

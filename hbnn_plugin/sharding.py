@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["is_sharded", "sharded_like", "whole"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this is a torch.distributed DTensor."""
-    return hasattr(tensor, "full_tensor")
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -294,7 +294,9 @@ def _frame(optimizer: Optimizer) -> None:
 
 
 def _framed(step_function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(step_function)
+    # Without its attributes: by one of them torch.compiler.disable would find, below, what a step that somebody has
+    # disabled already is made of, and take that instead of this frame.
+    @functools.wraps(step_function, updated=())
     def framed(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         step = _open_step(optimizer)
         if step is None or not step.swaps:

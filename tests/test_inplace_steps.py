@@ -160,9 +160,22 @@ class DecaysAfterwards(SGD):
             p.mul_(0.9)
 
 
+class NeverCompiled(Optimizer):
+    """Kept from torch.compile by its author, as torch itself does with some optimizers."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in _parameters(self):
+            p.sub_(self.param_groups[0]["lr"] * p.grad)
+
+
 @pytest.mark.parametrize("rule", ["mobius", "fixed"])
-@pytest.mark.parametrize("cls", [ChangesGradients, ReplacesGradients, Interpolates, DecaysAfterwards])
-def test_what_a_subclass_does_around_its_parents_step_happens_to_the_latent(cls: type[SGD], rule: str) -> None:
+@pytest.mark.parametrize("cls", [ChangesGradients, ReplacesGradients, Interpolates, DecaysAfterwards, NeverCompiled])
+def test_what_a_subclass_does_around_its_parents_step_happens_to_the_latent(cls: Any, rule: str) -> None:
     SGD([torch.zeros(1, requires_grad=True)])  # from now on SGD.step itself fires hooks, inside the subclass's too
     nets = [smooth(mode, rule=rule) for mode in ("inplace", "parametrize")]
     for net in nets:

@@ -27,7 +27,13 @@ _BYTE = 8
 OPERATOR = "hbnn_plugin::binary_conv2d"
 
 
-@torch.library.custom_op(OPERATOR, mutates_args=())
+# The schema is spelled out because torch 2.4 infers none from annotations that are strings.
+_SCHEMA = (
+    "(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, bool zero_is_positive, int layer) -> Tensor"
+)
+
+
+@torch.library.custom_op(OPERATOR, mutates_args=(), schema=_SCHEMA)
 def _binary_conv2d(
     x: Tensor,
     weight: Tensor,

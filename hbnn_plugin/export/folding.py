@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from ..capture import ROUNDINGS, plain_copy
 from ..convolved import CONVOLUTIONS
-from .capture import ROUNDINGS, plain_copy
 
 __all__ = ["Folded", "SignsAndScales", "add_constant", "constants", "convolutions", "fold", "signs_and_scales"]
 

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..capture import binary_weights, cluster_settings, plain_copy, unwrapped
 from ..convolved import convolved_weight, small_input
 from ..selection import Predicate, Selected, own_class, select
-from .capture import binary_weights, cluster_settings, plain_copy, unwrapped
 from .container import PackedLayer, read, write
 from .inference import hold, is_held, release
 from .packing import no_values, pack, ties, unpack

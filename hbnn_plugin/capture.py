@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..cluster import find
-from ..convolved import convolved_weight
-from ..fusing import fuse
-from ..selection import Predicate, Selected, binary_convolutions, select
-from ..settings import Settings
+from .cluster import find
+from .convolved import convolved_weight
+from .fusing import fuse
+from .selection import Predicate, Selected, binary_convolutions, select
+from .settings import Settings
 
 __all__ = [
     "ROUNDINGS",
