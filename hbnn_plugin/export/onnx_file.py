@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def to_onnx(
         ValueError: no layer of the model has binary weights; the model cannot be traced
             (:func:`hbnn_plugin.export.folding.fold`); on the example onnxruntime's top-1 is not torch's, or a logit is
             further from it than the tolerance.
-        ImportError: onnx, onnxscript or onnxruntime is not installed.
+        ImportError: onnx, onnxscript or onnxruntime is not installed, or torch is too old.
     """
     runtime = _onnxruntime()
     folded = fold(model, example_input)
@@ -68,6 +69,10 @@ def _onnxruntime() -> Any:
         import onnxscript  # noqa: F401, PLC0415
     except ImportError as error:
         raise ImportError("to_onnx needs onnx, onnxscript and onnxruntime: pip install 'hbnn-plugin[onnx]'") from error
+    if inspect.signature(torch.onnx.export).parameters["args"].default is inspect.Parameter.empty:
+        raise ImportError(
+            f"to_onnx exports a torch.export program, which torch {torch.__version__} cannot: upgrade torch"
+        )
     return onnxruntime
 
 
