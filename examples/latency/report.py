@@ -36,7 +36,7 @@ def tables(lines: Sequence[Line]) -> str:
         ("training", "## A training step, as a multiple of the bare host's", _training),
         ("equality", "## The same classes? 1,000 CIFAR-10 test images, networks trained on real ones", _equality),
     ):
-        if found := of_section(lines, section):
+        if found := _of_section(lines, section):
             parts += [title, table(found)]
     machines = sorted({", ".join(f"{key} {line[key]}" for key in _CIRCUMSTANCES if key in line) for line in lines})
     parts += ["## Machines and versions", "\n".join(f"* {machine}" for machine in machines)]
@@ -46,15 +46,15 @@ def tables(lines: Sequence[Line]) -> str:
 _CIRCUMSTANCES = ("machine", "torch", "openvino", "nncf", "plugin", "commit")
 
 
-def of_section(lines: Sequence[Line], section: str) -> list[Line]:
+def _of_section(lines: Sequence[Line], section: str) -> list[Line]:
     """The last line of each case of a section, in the order of first lines."""
     return list({line["case"]: line for line in lines if line["section"] == section}.values())
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
     """Latency of every way by network, batch 1 on one thread; and a training step beside the bare host's."""
-    shown = [line for line in of_section(lines, "inference") if line["batch"] == line["threads"] == 1]
-    training = [line for line in of_section(lines, "training") if line["threads"] == 1]
+    shown = [line for line in _of_section(lines, "inference") if line["batch"] == line["threads"] == 1]
+    training = [line for line in _of_section(lines, "training") if line["threads"] == 1]
     figure = Figure(figsize=(1.6 * max(len(shown), 4) + 3, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[max(len(shown), 2), 2])
     names = [way for way in _WAYS if any(way in line["milliseconds"] for line in shown)]
