@@ -67,7 +67,8 @@ class Interception:
         """The files that torch.save has written since the start, and what was copied beside them (``best.pth``)."""
         kinds = {(path.parent, path.suffix) for path in self._saved}
         beside = (path for folder, suffix in kinds for path in folder.glob(f"*{suffix}"))
-        return sorted(path for path in beside if path.is_file() and path.stat().st_mtime >= self._started)
+        files = (path for path in beside if path.is_file())
+        return sorted(path for path in files if path in self._saved or path.stat().st_mtime >= self._started)
 
     def _wrap(self, owner: Any, name: str, before: Before) -> None:
         original = getattr(owner, name)

@@ -14,6 +14,9 @@ from torch import nn
 import hbnn_plugin
 from hbnn_plugin.sharding import whole
 from tiny_hosts import IrConv, TinyNet, clusters, latents, loss_of, tiny_net
+from torch_version import since
+
+pytestmark = since(2, 5, "fully_shard without a GPU")
 
 OPTIONS = [
     {"per": per, "order": order, "mode": mode}

@@ -16,11 +16,13 @@ from hbnn_plugin.export import to_onnx
 from hosts import HOSTS
 from hosts.networks import resnet8
 from tiny_hosts import SimanConv, same_state, state, tiny_net
+from torch_version import since
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytestmark = [
+    since(2, 5, "export by way of torch.export"),
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript.*"),
 ]

@@ -30,6 +30,7 @@ from hosts import get_host
 from hosts.networks import resnet8
 from test_layer_kinds import LAYERS, SignLinear, tied_net
 from tiny_hosts import BINARY_LAYERS, HOSTS, IrConv, ScaledConv, batch, clusters, same_state, state, tiny_net, train
+from torch_version import since
 from training_helpers import each_host, output, trained
 
 each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
@@ -313,7 +314,15 @@ def pickled(net: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("tool", [exported, compiled, pickled, copy.deepcopy])
+@pytest.mark.parametrize(
+    "tool",
+    [
+        exported,
+        pytest.param(compiled, marks=since(2, 6, "compiling through a TorchFunctionMode")),
+        pickled,
+        copy.deepcopy,
+    ],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchs_tools(tool: Callable[[nn.Module], nn.Module], loaded: tuple[nn.Module, Tensor]) -> None:
     net, expected = loaded

@@ -30,6 +30,7 @@ from tiny_hosts import (
     tiny_net,
     train,
 )
+from torch_version import TORCH
 from training_helpers import applied, moved, output, saved, steps
 
 each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
@@ -124,7 +125,8 @@ def test_trained_models_export(conv: Any, finish: Callable[[nn.Module], nn.Modul
     net = applied(conv, mode=mode)
     train(net, SGD(net.parameters(), lr=0.5), 2)
     expected = output(net)
-    exported = torch.export.export(finish(net), (batch(9)[0],))
+    strict = TORCH >= (2, 5) or finish is hbnn_plugin.fuse  # torch 2.4 fails on any model with a forward hook
+    exported = torch.export.export(finish(net), (batch(9)[0],), strict=strict)
     assert torch.allclose(exported.module()(batch(9)[0]), expected, atol=1e-5)
     assert bool(list(exported.buffers())) and len(list(exported.parameters())) == len(list(tiny_net(conv).parameters()))
 
