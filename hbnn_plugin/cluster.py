@@ -70,7 +70,7 @@ class EPC(nn.Module, ABC):
     Buffers:
         point: p, of the weight's logical shape; float32 or better.
         scale: s of x = s·EPC(v/s), one a point, with ``relative=True``.
-        momentum: of the point, with ``point_momentum``, Riemannian Adam or the spectral rule; of p's shape.
+        momentum: of the point, with ``point_momentum`` or Riemannian Adam; of p's shape.
         mean_square: running mean square of the point's gradient, one a point, for Adam-like steps.
         steps: how many steps the point has made.
 
@@ -112,7 +112,7 @@ class EPC(nn.Module, ABC):
         self.register_buffer("scale", None)
         if settings.relative:
             self.scale = torch.where(per_point > 0, per_point.sqrt(), 1.0).to(w.dtype)
-        with_momentum = settings.point_momentum > 0 or settings.rule in ("riemannian-adam", "spectral")
+        with_momentum = settings.point_momentum > 0 or settings.rule == "riemannian-adam"
         self.register_buffer("momentum", torch.zeros_like(w) if with_momentum else None)
         self.register_buffer("mean_square", torch.zeros_like(per_point, dtype=w.dtype))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=w.device))

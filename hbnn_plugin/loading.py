@@ -97,6 +97,7 @@ def _differences(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name:
 def _accept(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     for tensor_name, epc in find(module).items():
         _translate(epc, state_dict, prefix, tensor_name)
+        _fit_momentum(epc, state_dict, prefix, tensor_name)
         epc.adopt(state_dict, prefix, tensor_name)
 
 
@@ -117,6 +118,15 @@ def _translate(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: s
         return
     for key in [key for key in state_dict if key.startswith(old)]:
         state_dict[new + key.removeprefix(old)] = state_dict.pop(key)
+
+
+def _fit_momentum(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
+    """Whether there is one goes with the rule, which may be another: what is not used goes, what is not there is 0."""
+    for place in places(prefix, tensor_name):
+        if epc.momentum is None:
+            state_dict.pop(f"{place}momentum", None)
+        elif f"{place}point" in state_dict:
+            state_dict.setdefault(f"{place}momentum", torch.zeros_like(state_dict[f"{place}point"]))
 
 
 def _complete(module: nn.Module, _: Any) -> None:

@@ -4,7 +4,7 @@ r"""How a point moves, given its gradient g = ∂L/∂p and its learning rate η
 * ``riemannian``: geoopt's RiemannianSGD (without dampening or Nesterov): g is turned into the Riemannian gradient, the
   point follows its geodesic, momentum is transported along.
 * ``riemannian-adam``: geoopt's RiemannianAdam with betas (0.9, 0.999) and eps 1e-8.
-* ``spectral`` (not in the paper): p ← p ⊕ (−ηO), O the orthogonal factor of the layer's g with Nesterov momentum 0.95,
+* ``spectral`` (not in the paper): p ← p ⊕ (−ηO), O the orthogonal factor of the layer's g with Nesterov momentum,
   as a matrix (output units × coordinates): each filter's point moves by about η, and no direction that the layer's
   filters share outruns the others (:mod:`hbnn_plugin.spectral`). With ``relative=True`` by about ηs.
   Its η is ``point_lr`` times the *square root* of the weight's learning rate: where steps shrink with their gradient,
@@ -21,7 +21,7 @@ move by about η too; ``mobius`` is then p ← p ⊕ (−ηg), since a g of norm
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -29,12 +29,13 @@ import geoopt
 import torch
 from torch import Tensor
 
+from . import ball
 from .ball import MARGIN
 from .cluster import EPC
 from .epc import mobius_scale
 from .passes import combine, inner
 from .recovery import Recovered, radii_of
-from .spectral import orthogonal_factor
+from .spectral import orthogonal_factors
 
 __all__ = ["Move", "move", "point_rate"]
 
@@ -42,7 +43,6 @@ __all__ = ["Move", "move", "point_rate"]
 _MANIFOLDS = {"ball": geoopt.PoincareBallExact, "sphere": geoopt.SphereExact}
 _ADAM_BETAS = (0.9, 0.999)
 _ADAM_EPS = 1e-8
-_SPECTRAL_MOMENTUM = 0.95
 
 
 class Move(NamedTuple):
@@ -62,10 +62,20 @@ class Move(NamedTuple):
         return "betas" in self.group or "eps" in self.group
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the step needs nothing but the point and its gradient."""
-        settings = self.epc.settings
-        return settings.rule == "mobius" and not settings.point_momentum and not settings.point_decay
+    def kept(self) -> float | Tensor:
+        """What point_decay leaves of the point, 1 − η·point_decay."""
+        kept = 1 - self.lr * self.epc.settings.point_decay
+        return kept.clamp(min=0.0) if isinstance(kept, Tensor) else max(kept, 0.0)
+
+
+class _Direction(NamedTuple):
+    """p ← p ⊕ ((−η) ⊗ f·d)."""
+
+    vector: Tensor
+    """d, of p's shape."""
+    factor: float | Tensor
+    """f, a number or one a point."""
+    eta: float | Tensor
 
 
 def point_rate(epc: EPC, group: Mapping[str, Any]) -> float | Tensor:
@@ -82,65 +92,105 @@ def move(steps: Sequence[Move]) -> None:
     for step in steps:
         step.epc.moves += 1
         step.epc.steps += step.found.valid.any()
-        if not step.is_plain:
-            _move_one(step)
-    plain = sorted((step for step in steps if step.is_plain), key=_kind)
-    for _, together in groupby(plain, key=_kind):
-        _move_plain(list(together))
-
-
-def _kind(step: Move) -> tuple[str, str]:
-    return step.epc.settings.space, str(step.epc.point.device)
-
-
-def _move_plain(steps: list[Move]) -> None:
-    """The Möbius rule without momentum and decay, with the scalars of all clusters worked out together."""
-    sizes = [step.epc.points for step in steps]
-    products = torch.cat([step.found.products.flatten(1) for step in steps], dim=1)
-    scale, eta = torch.cat([_scale_and_rate(step).to(products) for step in steps], dim=1)
-    pp, pg, gg = products[0], scale * products[1], scale * scale * products[2]
-    radii = torch.cat([radii_of(step.epc, products) for step in steps])
-    a, b = steps[0].epc.settings.geometry.point_step(pp, pg, gg, eta, radii)
-    # ‖g‖² may overflow where no coordinate does: such a point holds still
-    moves = torch.cat([step.found.valid.flatten() for step in steps]) & gg.isfinite()
-    a, b = torch.where(moves, a, 1.0), torch.where(moves, b * scale, 0.0)
-    for step, *coefficients in zip(steps, a.split(sizes), b.split(sizes)):
-        p, g = step.epc.point, step.found.gradient
-        combine([c.reshape(step.found.valid.shape) for c in coefficients], (p, g), out=p)
-
-
-def _scale_and_rate(step: Move) -> Tensor:
-    """What g is multiplied by, and η for what comes out: (2, points)."""
-    one = step.found.products.new_ones(step.epc.points)
-    if not step.adaptive:
-        return torch.stack([one, one * step.lr])
-    # of norm √n it would lie outside ⊗'s domain: scale first, p ⊕ ((−1) ⊗ ηg), the same to first order
-    return torch.stack([step.lr / _root_mean_square(step).flatten(), one])
-
-
-def _move_one(step: Move) -> None:
-    epc, g, valid = step.epc, step.found.gradient, step.found.valid
-    settings = epc.settings
-    state = [t for t in (epc.point, epc.momentum, epc.mean_square) if t is not None]
-    before = None if valid.is_cpu and bool(valid.all()) else [t.clone() for t in state]
-    if settings.point_decay:
-        kept = 1 - step.lr * settings.point_decay
-        kept = kept.clamp(min=0.0) if isinstance(kept, Tensor) else max(kept, 0.0)
-        epc.point.copy_(mobius_scale(kept, epc.point, epc.radius, epc.dims))
-    if settings.rule == "riemannian-adam":
-        _riemannian_adam(epc, g, step.lr)
-    elif settings.rule == "spectral":
-        _spectral(epc, g, step.lr)
-    else:
-        if step.adaptive:
-            g.div_(_root_mean_square(step))
-        if settings.rule == "mobius":
-            _mobius(epc, g, step.lr, step.adaptive)
+    for (rule, *_), group in groupby(sorted(steps, key=_kind), key=_kind):
+        together = list(group)
+        if rule.startswith("riemannian"):
+            for step in together:
+                _follow(step)
+        elif rule == "spectral":
+            _add(together, _spectral_directions(together))
         else:
-            _riemannian(epc, g, step.lr)
-    if before is not None:
-        for now, then in zip(state, before):
-            now.copy_(torch.where(valid, now, then))
+            _add(together, [_mobius_direction(step) for step in together])
+
+
+def _kind(step: Move) -> tuple[str, str, str]:
+    return step.epc.settings.rule, step.epc.settings.space, str(step.epc.point.device)
+
+
+def _add(steps: Sequence[Move], directions: Sequence[_Direction]) -> None:
+    """p ← (kept ⊗ p) ⊕ ((−η) ⊗ f·d), on the sphere along the geodesic; the scalars of all clusters together."""
+    sizes = [step.epc.points for step in steps]
+    pp, pd, dd = torch.cat([_products(*pair).flatten(1) for pair in zip(steps, directions)], dim=1)
+
+    def each_point(values: Iterable[float | Tensor]) -> Tensor:
+        tensors = (torch.as_tensor(value, dtype=pp.dtype, device=pp.device) for value in values)
+        return torch.cat([t.flatten().expand(size) for t, size in zip(tensors, sizes)])
+
+    f, eta = each_point(d.factor for d in directions), each_point(d.eta for d in directions)
+    radii = torch.cat([radii_of(step.epc, pp) for step in steps])
+    shrink = torch.ones_like(pp)
+    if any(step.epc.settings.point_decay for step in steps):
+        shrink = ball.mobius_scale(each_point(step.kept for step in steps), pp, radii)
+    geometry = steps[0].epc.settings.geometry
+    a, b = geometry.point_step(shrink * shrink * pp, shrink * f * pd, f * f * dd, eta, radii)
+    # ‖d‖² may overflow where no coordinate does: such a point holds still
+    moves = torch.cat([step.found.valid.flatten() for step in steps]) & dd.isfinite()
+    a, b = torch.where(moves, a * shrink, 1.0), torch.where(moves, b * f, 0.0)
+    for step, d, *coefficients in zip(steps, directions, a.split(sizes), b.split(sizes)):
+        p = step.epc.point
+        combine([c.reshape(step.found.valid.shape) for c in coefficients], (p, d.vector), out=p)
+        if step.epc.momentum is not None and step.epc.settings.space == "sphere":
+            _make_tangent(step.epc)
+
+
+def _products(step: Move, direction: _Direction) -> Tensor:
+    """⟨p,p⟩, ⟨p,d⟩ and ⟨d,d⟩; known where d is the gradient itself."""
+    known, d = step.found.products, direction.vector
+    if step.epc.settings.rule == "mobius" and step.epc.momentum is None:
+        return known
+    p, dims = step.epc.point, step.epc.dims
+    scratch = torch.empty_like(p)
+    return torch.stack([known[0], inner(p, d, dims, scratch=scratch), inner(d, d, dims, scratch=scratch)])
+
+
+def _make_tangent(epc: EPC) -> None:
+    """The step was taken along the momentum's tangential part; keep of it what is tangential at the new point."""
+    assert epc.momentum is not None
+    radial = epc.radius * inner(epc.point, epc.momentum, epc.dims)
+    epc.momentum.addcmul_(radial.to(epc.momentum.dtype), epc.point, value=-1)
+
+
+def _mobius_direction(step: Move) -> _Direction:
+    epc, g = step.epc, step.found.gradient
+    if epc.momentum is None:
+        # under Adam a g of norm √n would lie outside ⊗'s domain: scale first, p ⊕ ((−1) ⊗ ηg), the same to first order
+        return _Direction(g, step.lr / _root_mean_square(step), 1.0) if step.adaptive else _Direction(g, 1.0, step.lr)
+    if step.adaptive:
+        g = g.div_(_root_mean_square(step))
+    _accumulate(step, g)
+    return _Direction(epc.momentum, step.lr, 1.0) if step.adaptive else _Direction(epc.momentum, 1.0, step.lr)
+
+
+def _spectral_directions(steps: Sequence[Move]) -> list[_Direction]:
+    """The orthogonal factors, in the memory of the gradients."""
+    matrices = []
+    for step in steps:
+        epc, g = step.epc, step.found.gradient
+        if epc.momentum is not None:
+            _accumulate(step, g)
+            g.add_(epc.momentum, alpha=epc.settings.point_momentum)  # Nesterov's
+        matrices.append(_flatten(g, _coordinates(epc)))
+    directions = []
+    for step, factor in zip(steps, orthogonal_factors(matrices)):
+        g, scale = step.found.gradient, step.epc.scale
+        g.copy_(_unflatten(factor, g.shape, _coordinates(step.epc)))
+        directions.append(_Direction(g, step.lr if scale is None else step.lr * scale, 1.0))
+    return directions
+
+
+def _coordinates(epc: EPC) -> tuple[int, ...]:
+    """The dimensions of one filter, whatever a point covers."""
+    return tuple(d for d in range(epc.point.ndim) if d not in epc.unit_dims)
+
+
+def _accumulate(step: Move, g: Tensor) -> None:
+    """Heavy-ball momentum in the coordinates of p, as torch.optim.SGD has it, where the gradient is known."""
+    m, mu, valid = step.epc.momentum, step.epc.settings.point_momentum, step.found.valid
+    assert m is not None
+    if valid.is_cpu and bool(valid.all()):
+        m.mul_(mu).add_(g)
+    else:
+        m.copy_(torch.where(valid, mu * m + g, m))
 
 
 def _root_mean_square(step: Move) -> Tensor:
@@ -152,46 +202,6 @@ def _root_mean_square(step: Move) -> Tensor:
     epc.mean_square.copy_(torch.where(valid, epc.mean_square.lerp(now, 1 - beta), epc.mean_square))
     corrected = epc.mean_square / (1 - beta ** epc.steps.to(epc.mean_square.dtype))
     return corrected.sqrt() + (float(eps) if isinstance(eps, (int, float)) else _ADAM_EPS)
-
-
-def _accumulate(epc: EPC, g: Tensor) -> Tensor:
-    """Heavy-ball momentum in the coordinates of p, as torch.optim.SGD has it."""
-    if epc.momentum is None:
-        return g
-    return epc.momentum.mul_(epc.settings.point_momentum).add_(g)
-
-
-def _mobius(epc: EPC, g: Tensor, lr: float | Tensor, adaptive: bool) -> None:
-    direction = _accumulate(epc, g)
-    if adaptive:  # as in _scale_and_rate
-        direction, lr = direction * lr, 1.0
-    _add(epc, direction, lr)
-
-
-def _spectral(epc: EPC, g: Tensor, lr: float | Tensor) -> None:
-    assert epc.momentum is not None
-    epc.momentum.mul_(_SPECTRAL_MOMENTUM).add_(g)
-    ahead = g.add_(epc.momentum, alpha=_SPECTRAL_MOMENTUM)
-    coordinates = tuple(d for d in range(g.ndim) if d not in epc.unit_dims)
-    direction = _unflatten(orthogonal_factor(_flatten(ahead, coordinates)), g.shape, coordinates)
-    if epc.scale is not None:
-        direction = direction * epc.scale
-    _add(epc, direction * lr, 1.0)
-
-
-def _add(epc: EPC, direction: Tensor, lr: float | Tensor) -> None:
-    """p ← p ⊕ ((−η) ⊗ direction); on the sphere along the geodesic."""
-    p, dims = epc.point, epc.dims
-    pp, pg, gg = inner(p, p, dims), inner(p, direction, dims), inner(direction, direction, dims)
-    eta = torch.as_tensor(lr, dtype=pp.dtype, device=pp.device)
-    a, b = epc.settings.geometry.point_step(pp, pg, gg, eta, epc.radius)
-    known = gg.isfinite()  # ‖direction‖² may overflow where no coordinate does: such a point holds still
-    a, b = torch.where(known, a, 1.0), torch.where(known, b, 0.0)
-    p.mul_(a.to(p.dtype)).addcmul_(b.to(p.dtype), direction)
-    if epc.momentum is not None and epc.settings.space == "sphere":
-        # the step was taken along the tangential part; keep what is tangential at the new point
-        radial = epc.radius * inner(p, epc.momentum, dims)
-        epc.momentum.addcmul_(radial.to(p.dtype), p, value=-1)
 
 
 def _flatten(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -231,6 +241,22 @@ class _OnManifold:
             norm = point.norm(dim=-1, keepdim=True)
             point = point * ((1 - MARGIN) / norm.clamp(min=1e-30)).clamp(max=1.0)
         self.epc.point.copy_(_unflatten(point / self.root, self.epc.point.shape, self.epc.dims))
+
+
+def _follow(step: Move) -> None:
+    """A step by geoopt's manifolds."""
+    epc, g, valid = step.epc, step.found.gradient, step.found.valid
+    state = [t for t in (epc.point, epc.momentum, epc.mean_square) if t is not None]
+    before = None if valid.is_cpu and bool(valid.all()) else [t.clone() for t in state]
+    if epc.settings.point_decay:
+        epc.point.copy_(mobius_scale(step.kept, epc.point, epc.radius, epc.dims))
+    if epc.settings.rule == "riemannian-adam":
+        _riemannian_adam(epc, g, step.lr)
+    else:
+        _riemannian(epc, g.div_(_root_mean_square(step)) if step.adaptive else g, step.lr)
+    if before is not None:
+        for now, then in zip(state, before):
+            now.copy_(torch.where(valid, now, then))
 
 
 def _riemannian(epc: EPC, g: Tensor, lr: float | Tensor) -> None:

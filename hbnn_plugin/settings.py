@@ -60,8 +60,8 @@ class Settings:
                 raise ValueError(f"{name} must be a finite number from {low:g} to {high:g}, not {value!r}")
         if not isinstance(self.relative, bool):
             raise TypeError(f"relative must be True or False, not {self.relative!r}")
-        if self.rule in ("riemannian-adam", "spectral") and self.point_momentum:
-            raise ValueError(f"rule={self.rule!r} has a momentum of its own: leave point_momentum at 0")
+        if self.rule == "riemannian-adam" and self.point_momentum:
+            raise ValueError("rule='riemannian-adam' has a momentum of its own: leave point_momentum at 0")
         if self.radius == 0:
             raise ValueError("radius must be positive, not 0; a radius of 1e-12 is Euclidean for every purpose")
         if self.point_momentum == 1:

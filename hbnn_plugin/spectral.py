@@ -7,34 +7,61 @@ For G = U Σ Vᵀ it is U Vᵀ: every singular direction moves equally far, howe
 
 which brings singular values from 0.003 on to 0.7 … 1.2. All iterates are G times a polynomial in one Gram matrix, so
 the steps are made on that square matrix of G's short side alone, and G itself is passed over twice.
+
+That costs (short side)² · (long side), which in the widest layers would be a tenth of a training step: there the rows
+are taken in blocks, each with a factor of its own, for a fifth of the cost.
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["orthogonal_factor"]
+__all__ = ["orthogonal_factor", "orthogonal_factors"]
 
 _STEPS = 5
 _POLYNOMIAL = (3.4445, -4.7750, 2.0315)
+_BLOCK = 128
+"""At most so many rows at a time, unless the columns are as few."""
 
 
 def orthogonal_factor(matrix: Tensor) -> Tensor:
-    """U Vᵀ of a 2-D float32 or float64 matrix, approximately; zero for a zero matrix."""
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonal_factor(matrix.T).T
-    size = matrix.abs().amax().clamp(min=torch.finfo(matrix.dtype).tiny)
-    unit = matrix / size  # ‖G‖² itself may overflow, or vanish
-    unit = unit / unit.norm().clamp(min=1e-30)
-    gram = unit @ unit.T
-    factor = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    """U Vᵀ of a float32 or float64 matrix, or of each in a stack (..., m, n), approximately; zero for a zero matrix."""
+    if matrix.shape[-2] > matrix.shape[-1]:
+        return orthogonal_factor(matrix.mT).mT
+    # ‖G‖² may overflow, or vanish: its largest entry first
+    size = torch.linalg.vector_norm(matrix, math.inf, dim=(-2, -1), keepdim=True)
+    unit = matrix / size.clamp(min=torch.finfo(matrix.dtype).tiny)
+    gram = unit @ unit.mT
+    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=1e-30)
+    gram /= square
+    factor = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     a, b, c = _POLYNOMIAL
     for step in range(_STEPS):
-        q = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        q.diagonal().add_(a)
+        q = (gram @ gram).mul_(c).add_(gram, alpha=b)
+        q.diagonal(dim1=-2, dim2=-1).add_(a)
         factor = q @ factor  # polynomials in one matrix: they commute, and with the Gram matrix
         if step < _STEPS - 1:
             gram = q @ gram @ q
-    result: Tensor = factor @ unit
+    result: Tensor = (factor / square.sqrt()) @ unit
     return result
+
+
+def orthogonal_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The factor of each matrix, in blocks of rows where it is large; blocks of one shape are worked out together."""
+    blocks = [
+        matrix.tensor_split(-(-len(matrix) // _BLOCK) if min(matrix.shape) > _BLOCK else 1) for matrix in matrices
+    ]
+    alike: dict[object, list[tuple[int, int]]] = defaultdict(list)
+    for i, parts in enumerate(blocks):
+        for j, part in enumerate(parts):
+            alike[part.shape, part.dtype, part.device].append((i, j))
+    found: dict[tuple[int, int], Tensor] = {}
+    for places in alike.values():
+        factors = orthogonal_factor(torch.stack([blocks[i][j] for i, j in places]))
+        found.update(zip(places, factors))
+    return [torch.cat([found[i, j] for j in range(len(parts))]) for i, parts in enumerate(blocks)]

@@ -22,14 +22,13 @@ from tiny_hosts import (
     SimanConv,
     TinyNet,
     clusters,
-    loss_of,
     points,
     same_state,
     state,
     tiny_net,
     train,
 )
-from training_helpers import GEOMETRIES, Doubled, applied, each_geometry, each_host, output, saved, trained
+from training_helpers import GEOMETRIES, Doubled, applied, each_geometry, each_host, moved, output, saved, trained
 
 
 def binary_now(net: TinyNet) -> dict[str, Tensor]:
@@ -99,7 +98,7 @@ def test_a_plain_checkpoint_of_another_dtype(dtypes: tuple[torch.dtype, torch.dt
         *GEOMETRIES,
         {"point_momentum": 0.9},
         {"rule": "riemannian-adam"},
-        {"rule": "spectral"},
+        {"rule": "mobius"},
         {"start": 0.5, "relative": True},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
@@ -112,7 +111,7 @@ def test_an_applied_checkpoint_round_trip_is_exact(options: dict[str, Any]) -> N
     assert torch.equal(output(net), output(other))
     assert hbnn_plugin.flip_ratio(net).flips == hbnn_plugin.flip_ratio(other).flips
     assert any(hbnn_plugin.flip_ratio(other).flips.values())
-    with_momentum = "point_momentum" in options or options.get("rule") in ("riemannian-adam", "spectral")
+    with_momentum = options.get("space") != "sphere" and options.get("rule") != "mobius"
     assert all(
         (epc.momentum is not None and bool(epc.momentum.any())) is with_momentum for epc in clusters(other).values()
     )
@@ -182,11 +181,20 @@ def test_plain_state_dict_keeps_the_versions_that_modules_load_by() -> None:
     assert loaded._metadata["bn1"] == {"version": 2}
 
 
-def test_other_rules_do_not_matter_to_a_checkpoint() -> None:
-    net = applied(rule="riemannian", point_lr=0.3, order="alternating")
-    net.load_state_dict(trained().state_dict())
-    assert clusters(net)["conv1"].settings.rule == "riemannian"
-    assert loss_of(net).isfinite()
+@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+@pytest.mark.parametrize(("theirs", "ours"), [("spectral", "riemannian"), ("mobius", "spectral")])
+def test_other_rules_do_not_matter_to_a_checkpoint(theirs: str, ours: str, mode: str) -> None:
+    """Nor whether they keep a momentum."""
+    net, other = applied(rule=ours, point_lr=0.3, order="alternating", mode=mode), trained(rule=theirs, mode=mode)
+    net.load_state_dict(other.state_dict())
+    assert clusters(net)["conv1"].settings.rule == ours
+    assert torch.equal(output(net), output(other))
+    momentum = clusters(net)["conv1"].momentum
+    assert (momentum is None) is (ours == "riemannian")
+    assert momentum is None or not momentum.any()
+    before = points(net)
+    train(net, SGD(net.parameters(), lr=0.1), 1)
+    assert moved(net, before) == ["conv1", "conv2"]
 
 
 def test_partly_applied_models_take_plain_checkpoints() -> None:

@@ -47,10 +47,10 @@ def test_a_compiled_model_trains_as_the_eager_one_in_one_graph(options: dict[str
 
 @each_mode
 def test_a_model_that_was_compiled_and_run_can_be_applied_to(mode: str) -> None:
-    net, reference = tiny_net(ScaledConv).eval(), applied(ScaledConv, mode=mode).eval()
+    net, reference = tiny_net(ScaledConv).eval(), applied(ScaledConv, rule="mobius", mode=mode).eval()
     run = torch.compile(net, backend="eager")
     run(batch()[0])
-    hbnn_plugin.apply(run, mode=mode)
+    hbnn_plugin.apply(run, rule="mobius", mode=mode)
     for one in (run, reference):
         train(one, SGD(one.parameters(), lr=0.1), 2)
     assert steps(net) == [2, 2]

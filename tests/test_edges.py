@@ -144,7 +144,7 @@ def test_maximize_turns_the_points_too() -> None:
 )
 def test_points_keep_pace_under_every_optimizer_that_normalizes(optimizer_class: type[torch.optim.Optimizer]) -> None:
     for scale in (1e-4, 1.0):
-        model = hbnn_plugin.apply(tiny_net())
+        model = hbnn_plugin.apply(tiny_net(), rule="mobius")
         one_step(model, optimizer_class(model.parameters(), lr=1e-3), scale)  # type: ignore[call-arg]
         rms = find(model.conv1)["weight"].point.square().mean().sqrt()
         assert 5e-4 < float(rms) < 2e-2, (scale, rms)

@@ -121,7 +121,7 @@ def test_sam_moves_each_point_once(with_closure: bool, order: str, mode: str) ->
 
 def test_sam_with_a_closure_takes_the_points_gradient_where_the_weights_gradient_is_taken() -> None:
     """At the perturbed latents, which base.step() no longer sees."""
-    net = applied(SmoothConv, dtype=F64, radius=0.2).eval()
+    net = applied(SmoothConv, dtype=F64, rule="mobius", radius=0.2).eval()
     train(net, SGD(net.parameters(), lr=0.1), 2)
     net.eval()
     loss_of(net, 5).backward()

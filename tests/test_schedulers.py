@@ -78,7 +78,7 @@ def test_a_point_steps_as_far_as_its_rate_says(as_tensor: bool, mode: str) -> No
     """From one gradient at the origin, where Eq. 9 is −η∂L/∂p to first order."""
     lengths: list[Tensor] = []
     for rate in (1e-3, 2e-3, 4e-3):
-        net = smooth(mode)
+        net = smooth(mode, rule="mobius")
         optimizer = SGD(net.parameters(), lr=1.0)
         lrs.LambdaLR(optimizer, lambda _, rate=rate: rate)
         if as_tensor:

@@ -15,7 +15,7 @@ import hbnn_plugin
 from geoopt_loop import newton_schulz
 from hbnn_plugin.cluster import find
 from hbnn_plugin.epc import exp_map
-from hbnn_plugin.spectral import orthogonal_factor
+from hbnn_plugin.spectral import orthogonal_factor, orthogonal_factors
 
 
 @given(st.integers(1, 12), st.integers(1, 40), st.floats(-30, 30), st.integers(0, 1000))
@@ -50,6 +50,16 @@ def test_zero_and_ill_conditioned_matrices_stay_finite(dtype: torch.dtype) -> No
     assert values.max() < 1.25
     huge = torch.full((2, 3), torch.finfo(dtype).max, dtype=dtype)
     assert orthogonal_factor(huge).isfinite().all()
+
+
+def test_many_matrices_at_once_and_wide_ones_in_blocks_of_rows() -> None:
+    shapes = [(4, 9), (300, 200), (4, 9), (200, 9), (128, 300), (9, 4)]
+    matrices = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    found = orthogonal_factors(matrices)
+    assert orthogonal_factors([]) == []
+    for matrix, factor in zip(matrices, found):
+        blocks = [matrix] if matrix.shape != (300, 200) else list(matrix.split(100))
+        assert torch.allclose(factor, torch.cat([orthogonal_factor(block) for block in blocks]), rtol=0, atol=1e-12)
 
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -38,7 +38,7 @@ each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
 @pytest.mark.parametrize("order", ["simultaneous", "alternating"])
 @pytest.mark.parametrize("per", ["filter", "layer"])
 def test_a_step_is_equation_9_at_the_recovered_gradient(per: str, order: str) -> None:
-    net = applied(SmoothConv, dtype=F64, per=per, order=order, radius=0.2)
+    net = applied(SmoothConv, dtype=F64, rule="mobius", per=per, order=order, radius=0.2)
     optimizer = SGD(net.parameters(), lr=0.3)
     train(net, optimizer, 3)  # away from p = 0
     assert all(p.norm() > 1e-3 for p in points(net).values())
@@ -122,7 +122,7 @@ def test_under_adam_the_coordinates_of_a_point_move_by_about_the_rate(
     optimizer_class: type[Optimizer], channels: int, mode: str
 ) -> None:
     torch.manual_seed(0)
-    layer = hbnn_plugin.apply(IrConv(channels, 3, 3), where=hbnn_plugin.by_class(IrConv), mode=mode)
+    layer = hbnn_plugin.apply(IrConv(channels, 3, 3), where=hbnn_plugin.by_class(IrConv), mode=mode, rule="mobius")
     optimizer = optimizer_class(layer.parameters(), lr=1e-3)
     (1e-3 * layer(torch.randn(2, channels, 5, 5)).square().mean()).backward()
     optimizer.step()
@@ -227,7 +227,7 @@ def test_no_optimizer_decays_or_moves_a_point_by_itself(optimizer: Callable[...,
     train(fixed, optimizer(fixed.parameters()), 3)
     assert moved(fixed, before) == []
     assert not torch.equal(fixed.conv1.weight, applied(rule="fixed", start=0.3, mode=mode).conv1.weight)
-    net = applied(start=0.3, mode=mode)
+    net = applied(rule="mobius", start=0.3, mode=mode)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     before = points(net)
@@ -239,7 +239,7 @@ def test_no_optimizer_decays_or_moves_a_point_by_itself(optimizer: Callable[...,
 
 @each_mode
 def test_zeroed_gradients_move_no_point_and_missing_ones_neither(mode: str) -> None:
-    net = applied(mode=mode)
+    net = applied(rule="mobius", mode=mode)  # without momentum
     optimizer = SGD(net.parameters(), lr=0.1)
     train(net, optimizer, 2)
     before = points(net)
@@ -256,7 +256,7 @@ def test_zeroed_gradients_move_no_point_and_missing_ones_neither(mode: str) -> N
 
 @each_mode
 def test_each_points_rate_is_that_of_its_weights_group_times_point_lr(mode: str) -> None:
-    net = applied(point_lr=0.5, mode=mode)
+    net = applied(rule="mobius", point_lr=0.5, mode=mode)
     loss_of(net, 0).backward()
     slow, fast, halted = (twin(net) for _ in range(3))
     SGD(slow.parameters(), lr=0.02).step()

@@ -51,7 +51,7 @@ class Experiment:
 
 
 _TABLE5 = (BARE, "HBNN", "Euclidean", "HBNN, spectral", "Euclidean, spectral", "SBNN", "fixed point")
-_PAPERS = (BARE, "SBNN", "HBNN")
+_PAPERS = (BARE, "SBNN", "HBNN", "HBNN, spectral")
 
 EXPERIMENTS = {
     "search": Experiment("A default among the open choices", ("cifar10",), ("irnet", "recu"), SEARCHED),
@@ -64,5 +64,5 @@ EXPERIMENTS = {
     ),
     "fig3": Experiment("Flips by layer", ("cifar10",), ("plain", "irnet"), _PAPERS),
     "fig4": Experiment("Accuracy over the epochs", ("cifar10",), ("plain", "irnet"), _PAPERS),
-    "fig5": Experiment("Loss surfaces", ("cifar10",), ("plain", "irnet"), (BARE, "HBNN"), seeds=1),
+    "fig5": Experiment("Loss surfaces", ("cifar10",), ("plain", "irnet"), (BARE, "HBNN", "HBNN, spectral"), seeds=1),
 }

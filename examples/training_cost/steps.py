@@ -20,23 +20,31 @@ if TYPE_CHECKING:
 __all__ = ["BARE", "measure_memory", "measure_step"]
 
 BARE = "bare host"
-MODES = {BARE: None, "parametrize": "parametrize", "in-place": "inplace"}
+ARMS: dict[str, dict[str, Any] | None] = {
+    BARE: None,
+    "parametrize": {"mode": "parametrize"},
+    "in-place": {"mode": "inplace"},
+    "parametrize, Möbius rule": {"mode": "parametrize", "rule": "mobius"},
+}
+"""Options of ``hbnn_plugin.apply``; None is the host alone."""
 WATCHED = 22
 """Forwards after which the plugin's self-checks have ended."""
 
 
 def _trainings(host: str, arch: str, batch: int, kind: str) -> dict[str, tuple[nn.Module, Callable[[], None]]]:
     """For each arm the model, and what makes one training step."""
-    return {arm: _training(host, arch, batch, kind, mode) for arm, mode in MODES.items()}
+    return {arm: _training(host, arch, batch, kind, options) for arm, options in ARMS.items()}
 
 
-def _training(host_name: str, arch: str, batch: int, kind: str, mode: Any) -> tuple[nn.Module, Callable[[], None]]:
+def _training(
+    host_name: str, arch: str, batch: int, kind: str, options: dict[str, Any] | None
+) -> tuple[nn.Module, Callable[[], None]]:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     host = get_host(host_name, arch)
     model = NETWORKS[arch](host.conv, num_classes=10).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if mode is not None:
-        hbnn_plugin.apply(model, mode=mode)
+    if options is not None:
+        hbnn_plugin.apply(model, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     images = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), device=device)
