@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-SPECTRAL_MOMENTUM, SPECTRAL_DECAY = 0.95, 0.02
+SPECTRAL_DECAY = 0.02
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ def train_with_geoopt(
                     continue
                 elif rule == "spectral":
                     gradient = point.grad if space == "ball" else rgrad
-                    momenta[i] = SPECTRAL_MOMENTUM * momenta[i] + gradient
-                    ahead = (gradient + SPECTRAL_MOMENTUM * momenta[i]).reshape(len(weights[names[i]]), -1)
+                    momenta[i] = point_momentum * momenta[i] + gradient
+                    ahead = (gradient + point_momentum * momenta[i]).reshape(len(weights[names[i]]), -1)
                     step_back = -eta * newton_schulz(ahead).reshape(point.shape)
                     momenta[i] = spectral_step(manifold, point, step_back, momenta[i], eta, scale)
                     continue

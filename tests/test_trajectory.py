@@ -64,8 +64,8 @@ def test_the_identity_map_leaves_the_hosts_trajectory(host_name: str, per: str, 
 def test_moving_points_follow_an_independent_loop_written_with_geoopt(
     space: str, per: str, rule: str, explicit: bool, point_momentum: float, mode: str
 ) -> None:
-    if rule in ("riemannian-adam", "spectral"):
-        point_momentum = 0.0  # they have their own
+    if rule == "riemannian-adam":
+        point_momentum = 0.0  # it has its own
     radius, point_lr = (0.05, 0.7) if space == "ball" else (1.0, 0.7)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(STEPS, 8, 3, 6, 6, dtype=torch.float64, generator=generator)
