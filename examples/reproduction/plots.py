@@ -87,7 +87,7 @@ def draw_curves(study: Study, lines: Lines, path: Path) -> None:
         for arm in study.arms:
             if found := finished(study, case, arm, lines):
                 _over_epochs(axis, [line["accuracy"] for line in found], arm)
-        axis.set(title=str(case), xlabel="epoch", ylabel="test accuracy, %")
+        axis.set(title=str(case), xlabel="epoch", ylabel="test accuracy, % (mean ± std)")
         _legend(axis)
     figure.savefig(path, dpi=150)
 
@@ -108,9 +108,9 @@ def draw_flips(study: Study, lines: Lines, path: Path) -> None:
             by_layer.errorbar(range(len(layers)), last.mean(0), last.std(0), marker="o", capsize=3, label=arm)
             _over_epochs(by_epoch, [line["flip_ratio"] for line in found], arm)
         by_layer.axhline(50, color="0.8", linewidth=1)
-        by_layer.set(title=str(case), ylabel="flipped since the start, %")
+        by_layer.set(title=str(case), ylabel="flipped since the start, % (mean ± std)")
         by_layer.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
-        by_epoch.set(xlabel="epoch", ylabel="flipped since the start, %, all layers")
+        by_epoch.set(xlabel="epoch", ylabel="the same, all layers, %")
         _legend(by_layer)
     figure.savefig(path, dpi=150)
 
