@@ -121,8 +121,13 @@ def _translate(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: s
 
 
 def _fit_momentum(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
-    """Whether there is one goes with the rule, which may be another: what is not used goes, what is not there is 0."""
+    """Of a checkpoint with other settings what is not used goes, and what is not there is 0."""
     for place in places(prefix, tensor_name):
+        theirs = described(state_dict.get(f"{place}_extra_state"))
+        if theirs is None or all(
+            theirs.get(name) == getattr(epc.settings, name) for name in ("rule", "point_momentum")
+        ):
+            continue
         if epc.momentum is None:
             state_dict.pop(f"{place}momentum", None)
         elif f"{place}point" in state_dict:

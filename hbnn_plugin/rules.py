@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from . import ball
-from .ball import MARGIN
 from .cluster import EPC
 from .epc import mobius_scale
 from .passes import combine, inner
@@ -63,9 +62,11 @@ class Move(NamedTuple):
 
     @property
     def kept(self) -> float | Tensor:
-        """What point_decay leaves of the point, 1 − η·point_decay."""
-        kept = 1 - self.lr * self.epc.settings.point_decay
-        return kept.clamp(min=0.0) if isinstance(kept, Tensor) else max(kept, 0.0)
+        """What point_decay leaves of the point, 1 − η·point_decay, whichever way the step goes (``maximize``)."""
+        decay = self.epc.settings.point_decay
+        if isinstance(self.lr, Tensor):
+            return (1 - self.lr.abs() * decay).clamp(min=0.0)
+        return max(1 - abs(self.lr) * decay, 0.0)
 
 
 class _Direction(NamedTuple):
@@ -151,14 +152,15 @@ def _make_tangent(epc: EPC) -> None:
 
 
 def _mobius_direction(step: Move) -> _Direction:
-    epc, g = step.epc, step.found.gradient
-    if epc.momentum is None:
-        # under Adam a g of norm √n would lie outside ⊗'s domain: scale first, p ⊕ ((−1) ⊗ ηg), the same to first order
-        return _Direction(g, step.lr / _root_mean_square(step), 1.0) if step.adaptive else _Direction(g, 1.0, step.lr)
-    if step.adaptive:
-        g = g.div_(_root_mean_square(step))
-    _accumulate(step, g)
-    return _Direction(epc.momentum, step.lr, 1.0) if step.adaptive else _Direction(epc.momentum, 1.0, step.lr)
+    g = step.found.gradient
+    if not step.adaptive:
+        return _Direction(_accumulated(step), 1.0, step.lr)
+    # a g of norm √n would lie outside ⊗'s domain: scale first, p ⊕ ((−1) ⊗ ηg), the same to first order
+    rms = _root_mean_square(step)
+    if step.epc.momentum is None:
+        return _Direction(g, step.lr / rms, 1.0)
+    g.div_(rms)
+    return _Direction(_accumulated(step), step.lr, 1.0)
 
 
 def _spectral_directions(steps: Sequence[Move]) -> list[_Direction]:
@@ -167,8 +169,7 @@ def _spectral_directions(steps: Sequence[Move]) -> list[_Direction]:
     for step in steps:
         epc, g = step.epc, step.found.gradient
         if epc.momentum is not None:
-            _accumulate(step, g)
-            g.add_(epc.momentum, alpha=epc.settings.point_momentum)  # Nesterov's
+            g.add_(_accumulated(step), alpha=epc.settings.point_momentum)  # Nesterov's
         matrices.append(_flatten(g, _coordinates(epc)))
     directions = []
     for step, factor in zip(steps, orthogonal_factors(matrices)):
@@ -183,14 +184,15 @@ def _coordinates(epc: EPC) -> tuple[int, ...]:
     return tuple(d for d in range(epc.point.ndim) if d not in epc.unit_dims)
 
 
-def _accumulate(step: Move, g: Tensor) -> None:
-    """Heavy-ball momentum in the coordinates of p, as torch.optim.SGD has it, where the gradient is known."""
-    m, mu, valid = step.epc.momentum, step.epc.settings.point_momentum, step.found.valid
-    assert m is not None
+def _accumulated(step: Move) -> Tensor:
+    """The gradient; with momentum the heavy ball, in the coordinates of p, which takes it in where it is known."""
+    g, m = step.found.gradient, step.epc.momentum
+    if m is None:
+        return g
+    mu, valid = step.epc.settings.point_momentum, step.found.valid
     if valid.is_cpu and bool(valid.all()):
-        m.mul_(mu).add_(g)
-    else:
-        m.copy_(torch.where(valid, mu * m + g, m))
+        return m.mul_(mu).add_(g)
+    return m.copy_(torch.where(valid, mu * m + g, m))
 
 
 def _root_mean_square(step: Move) -> Tensor:
@@ -239,7 +241,7 @@ class _OnManifold:
             self.epc.momentum.copy_(_unflatten(momentum, self.epc.point.shape, self.epc.dims))
         if self.epc.settings.space == "ball":
             norm = point.norm(dim=-1, keepdim=True)
-            point = point * ((1 - MARGIN) / norm.clamp(min=1e-30)).clamp(max=1.0)
+            point = point * ((1 - ball.MARGIN) / norm.clamp(min=1e-30)).clamp(max=1.0)
         self.epc.point.copy_(_unflatten(point / self.root, self.epc.point.shape, self.epc.dims))
 
 

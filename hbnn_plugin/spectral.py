@@ -53,9 +53,8 @@ def orthogonal_factor(matrix: Tensor) -> Tensor:
 
 def orthogonal_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
     """The factor of each matrix, in blocks of rows where it is large; blocks of one shape are worked out together."""
-    blocks = [
-        matrix.tensor_split(-(-len(matrix) // _BLOCK) if min(matrix.shape) > _BLOCK else 1) for matrix in matrices
-    ]
+    counts = [math.ceil(len(matrix) / _BLOCK) if min(matrix.shape) > _BLOCK else 1 for matrix in matrices]
+    blocks = [matrix.tensor_split(count) for matrix, count in zip(matrices, counts)]
     alike: dict[object, list[tuple[int, int]]] = defaultdict(list)
     for i, parts in enumerate(blocks):
         for j, part in enumerate(parts):

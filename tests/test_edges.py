@@ -139,6 +139,16 @@ def test_maximize_turns_the_points_too() -> None:
     assert torch.allclose(moved[0], -moved[1], atol=1e-7)
 
 
+@pytest.mark.parametrize("rule", ["spectral", "riemannian"])
+def test_points_decay_under_maximize_too(rule: Any) -> None:
+    model = hbnn_plugin.apply(tiny_net(), rule=rule, start=0.5, point_lr=1.0, point_momentum=0.0, point_decay=0.5)
+    before = find(model.conv1)["weight"].point.norm()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    torch.optim.SGD(model.parameters(), lr=0.25, maximize=True).step()
+    assert 0.5 * before < find(model.conv1)["weight"].point.norm() < 0.95 * before
+
+
 @pytest.mark.parametrize(
     "optimizer_class", [torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam, torch.optim.RAdam]
 )

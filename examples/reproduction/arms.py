@@ -12,7 +12,7 @@ Options = dict[str, Any]
 
 _LITERAL: Options = {"space": "ball", "radius": 0.05, "per": "filter", "rule": "mobius", "point_lr": 1.0}
 _SPHERE: Options = {"space": "sphere", "radius": 1.0, "per": "filter", "rule": "mobius", "point_lr": 1.0}
-_SPECTRAL: Options = {**_LITERAL, "rule": "spectral", "point_lr": 0.1, "point_decay": 0.02}
+_SPECTRAL: Options = {**_LITERAL, "rule": "spectral", "point_lr": 0.1, "point_momentum": 0.95, "point_decay": 0.02}
 _FLAT = 1e-12
 
 _OPEN: dict[str, Options] = {
