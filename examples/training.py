@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from distributed import ALONE
 from flips import MEAN
 from hosts import binary_layers
+from muon import Muon
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +47,8 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     seed: int = 0
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    """Of the binary layers' weights; everything else trains by SGD."""
 
     def learning_rate(self, epoch: int) -> float:
         """Cosine from ``lr`` towards zero, constant within an epoch."""
@@ -67,14 +70,18 @@ class Progress:
 
 
 def make_optimizer(model: nn.Module, host: Host, recipe: Recipe) -> torch.optim.SGD:
-    """SGD; a host that wants no weight decay on its latent weights gets a group of parameters without."""
+    """SGD, or Muon; a host that wants no weight decay on its latent weights gets a group of parameters without."""
     latent = {id(p) for _, layer in binary_layers(model) for p in layer.parameters() if p.dim() == layer.weight.dim()}
-    undecayed = set() if host.decays_latent else latent
-    groups = [
-        {"params": [p for p in model.parameters() if id(p) not in undecayed], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in model.parameters() if id(p) in undecayed], "weight_decay": 0.0},
+    muon = recipe.optimizer == "muon"
+    apart = latent if muon or not host.decays_latent else set()
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if id(p) not in apart], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) in apart], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=recipe.lr, momentum=recipe.momentum)
+    if muon:
+        groups[1] |= {"momentum": 0.0, "orthogonal": True}
+    make = Muon if muon else torch.optim.SGD
+    return make([g for g in groups if g["params"]], lr=recipe.lr, momentum=recipe.momentum)
 
 
 def fit(

@@ -66,9 +66,18 @@ def test_a_name_changes_no_configuration_and_every_option_does() -> None:
     assert first.key == renamed.key != other.key
 
 
+def test_a_line_from_before_the_recipe_named_an_optimizer_was_of_sgd() -> None:
+    s = study()
+    old = line(s.grid(CASE, "bare")[0], 0.5)
+    del old["config"]["recipe"]["optimizer"]
+    muon = Study([CASE], {"bare, Muon": ARMS["bare, Muon"]}, 1, compiled=False).grid(CASE, "bare, Muon")[0]
+    assert s.grid(CASE, "bare")[0] in Lines([old])
+    assert muon not in Lines([old])
+
+
 def test_a_grid_of_one_point_is_not_tuned_and_the_readout_is_a_mean() -> None:
     case = Case(PRESETS["smoke"].tasks[1], "irnet")
-    s = Study([case], {"bare": None}, 1, compiled=False)
+    s = Study([case], {"bare": ARMS["bare"]}, 1, compiled=False)
     (run,) = s.missing(Lines([]))
     assert (run.split, run.recipe.lr) == ("test", case.task.learning_rates[0])
     done = {**line(run, 0), "accuracy": [0.1, 0.3, 0.5]}

@@ -1,14 +1,26 @@
-"""What is compared: the options of ``hbnn_plugin.apply`` behind each name."""
+"""What is compared: what each name puts on a host."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-__all__ = ["ARMS", "BARE", "RADII", "SEARCHED"]
+__all__ = ["ARMS", "BARE", "RADII", "SEARCHED", "Arm"]
 
 BARE = "bare"
 
 Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is put on a host."""
+
+    options: Options | None = None
+    """Of ``hbnn_plugin.apply``; None is the host alone."""
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    """Of the binary layers' weights."""
+
 
 _LITERAL: Options = {"space": "ball", "radius": 0.05, "per": "filter", "rule": "mobius", "point_lr": 1.0}
 _SPHERE: Options = {"space": "sphere", "radius": 1.0, "per": "filter", "rule": "mobius", "point_lr": 1.0}
@@ -36,8 +48,7 @@ _RADII: dict[str, Options] = {
     **{f"SBNN, r = {r:g}": {**_SPHERE, "radius": r} for r in _TABLE1},
 }
 
-ARMS: dict[str, Options | None] = {
-    BARE: None,
+_APPLIED: dict[str, Options] = {
     "fixed point": {**_LITERAL, "rule": "fixed", "start": 0.5},
     "Euclidean": {**_LITERAL, "radius": _FLAT},
     "SBNN": _SPHERE,
@@ -47,9 +58,16 @@ ARMS: dict[str, Options | None] = {
     **_OPEN,
     **_RADII,
 }
-"""Name → options, spelled out so that a change of the library's defaults changes no arm; None is the host alone.
 
-"Euclidean" is x = v + p, the point as a second copy of the weights without curvature. "spectral" goes beyond the paper.
+ARMS: dict[str, Arm] = {
+    BARE: Arm(),
+    "bare, Muon": Arm(optimizer="muon"),
+    **{name: Arm(options) for name, options in _APPLIED.items()},
+}
+"""By name; options are spelled out so that a change of the library's defaults changes no arm.
+
+"Euclidean" is x = v + p, the point as a second copy of the weights without curvature. "spectral" goes beyond the paper;
+"bare, Muon" is its control: the same directions, momentum, rate and decay on the host's own weights.
 """
 
 SEARCHED = ("HBNN", "HBNN, spectral", *_OPEN, "fixed point", "Euclidean", "Euclidean, spectral", "SBNN")

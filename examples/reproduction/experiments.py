@@ -46,11 +46,11 @@ class Experiment:
         """Its arms by successive halving. Raises ValueError at a preset that has no room for it."""
         if not preset.rungs:
             raise ValueError("a search needs short schedules, which this preset does not have: take small or medium")
-        candidates = {arm: options for arm in arms or self.arms if (options := ARMS[arm]) is not None}
+        candidates = {arm: ARMS[arm] for arm in arms or self.arms if ARMS[arm].options is not None}
         return Search(cases, candidates, preset.rungs, preset.compiled)
 
 
-_TABLE5 = (BARE, "HBNN", "Euclidean", "HBNN, spectral", "Euclidean, spectral", "SBNN", "fixed point")
+_TABLE5 = (BARE, "HBNN", "Euclidean", "HBNN, spectral", "Euclidean, spectral", "bare, Muon", "SBNN", "fixed point")
 _PAPERS = (BARE, "SBNN", "HBNN", "HBNN, spectral")
 
 EXPERIMENTS = {

@@ -59,8 +59,9 @@ def draw_radii(study: Study, lines: Lines, path: Path) -> None:
             axis.axhline(float(np.mean(bare)), color="0.5", linestyle="--", label="bare host")
         for space, name in (("ball", "HBNN (ball)"), ("sphere", "SBNN (sphere)")):
             points = []
-            for arm, options in study.arms.items():
-                found = list(accuracies(study, case, arm, lines).values())
+            for name_of_arm, arm in study.arms.items():
+                found = list(accuracies(study, case, name_of_arm, lines).values())
+                options = arm.options
                 if options and options["space"] == space and found:
                     points.append((options["radius"], float(np.mean(found)), float(np.std(found))))
             if points:

@@ -17,6 +17,7 @@ from training import Recipe
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from reproduction.arms import Arm
     from reproduction.presets import Task
 
 __all__ = ["Case", "Lines", "Study"]
@@ -64,7 +65,7 @@ class Study:
     """Some arms on some cases."""
 
     cases: Sequence[Case]
-    arms: Mapping[str, dict[str, Any] | None]
+    arms: Mapping[str, Arm]
     seeds: int
     compiled: bool = True
 
@@ -76,11 +77,12 @@ class Study:
     def run(self, case: Case, arm: str, lr: float, decay: float, epochs: int, seed: int, split: Split) -> Run:
         """One run of this study."""
         task = case.task
-        recipe = Recipe(epochs, task.batch_size, lr, weight_decay=decay, seed=seed)
+        chosen = self.arms[arm]
+        recipe = Recipe(epochs, task.batch_size, lr, weight_decay=decay, seed=seed, optimizer=chosen.optimizer)
         return Run(
             case.host,
             arm,
-            self.arms[arm],
+            chosen.options,
             recipe,
             task.dataset,
             task.arch,

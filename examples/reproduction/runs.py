@@ -78,8 +78,9 @@ class Run:
 
 
 def key_of(config: dict[str, Any]) -> str:
-    """The key of a line's configuration."""
+    """The key of a line's configuration; what the recipe of an older line does not mention has its default."""
     named = {name: value for name, value in config.items() if name != "arm"}
+    named["recipe"] = asdict(Recipe()) | config["recipe"]
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
 
 

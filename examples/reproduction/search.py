@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from reproduction.arms import BARE
+from reproduction.arms import BARE, Arm
 from reproduction.protocol import TUNING_SEED, Case, Lines, Study
 
 if TYPE_CHECKING:
@@ -27,20 +27,20 @@ class Search:
     """Candidates on some cases; ``rungs`` are (epochs, number of candidates that train for so long)."""
 
     cases: Sequence[Case]
-    candidates: Mapping[str, dict[str, Any]]
+    candidates: Mapping[str, Arm]
     rungs: Sequence[tuple[int, int]]
     compiled: bool = True
 
     @property
     def bare(self) -> Study:
         """Where the learning rate and the decay come from."""
-        return Study(self.cases, {BARE: None}, 0, self.compiled)
+        return Study(self.cases, {BARE: Arm()}, 0, self.compiled)
 
     def _run(self, case: Case, arm: str, epochs: int, lines: Lines) -> Run | None:
         best = self.bare.tuned(case, BARE, lines)
         if best is None:
             return None
-        study = Study(self.cases, {BARE: None, **self.candidates}, 0, self.compiled)
+        study = Study(self.cases, {BARE: Arm(), **self.candidates}, 0, self.compiled)
         return study.run(case, arm, *best, epochs, TUNING_SEED, "validation")
 
     def runs(self, rung: int, lines: Lines) -> dict[str, list[Run]]:
