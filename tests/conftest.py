@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,12 @@ import cifar
 
 # The tensors are tiny: a second thread gains nothing, and on a busy machine it waits for the first.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Neither garbage collections nor ``apply``, looking for who holds a weight, need go through what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
