@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -23,47 +16,16 @@ import idiom_hosts
 from full_precision_nets import BINARIZED, both, resnet
 from hbnn_plugin import by_class, by_name
 from hbnn_plugin.capture import binary_weights
-from hbnn_plugin.convolved import unpack_bits
 from hbnn_plugin.export import load_packed, save_packed
 from hosts import HOSTS as PAPER_HOSTS
 from hosts import get_host
 from hosts.networks import resnet8
+from packed_files import bits, close, header, same_bits, stored
 from test_layer_kinds import LAYERS, SignLinear, tied_net
 from tiny_hosts import BINARY_LAYERS, HOSTS, IrConv, ScaledConv, batch, clusters, same_state, state, tiny_net, train
-from torch_version import since
 from training_helpers import each_host, output, trained
 
 each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
-
-
-def bits(net: nn.Module) -> dict[str, Tensor]:
-    return {name: seen.bits for name, seen in binary_weights(net).items()}
-
-
-def same_bits(one: nn.Module, other: nn.Module) -> bool:
-    a, b = bits(one), bits(other)
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def close(one: Tensor, other: Tensor) -> bool:
-    """Up to float rounding: torch's convolutions of real inputs round by where their operands lie in memory."""
-    eps = torch.finfo(one.dtype).eps
-    return torch.allclose(one, other, rtol=min(64 * eps, 0.02), atol=16 * eps)
-
-
-def header(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
-    found: dict[str, Any] = json.loads(
-        json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["hbnn_plugin"]
-    )
-    return found
-
-
-def stored(path: Path) -> dict[str, Tensor]:
-    return dict(sorted(load(path.read_bytes()).items()))
-
-
-# -- the round trip ----------------------------------------------------------------------------------------------------
 
 
 @each_mode
@@ -278,120 +240,6 @@ def test_a_module_that_is_held_twice(tmp_path: Path) -> None:
     assert close(output(fresh), output(net))
     assert header(tmp_path / "file")["ties"]["again.0.weight"] == "conv1.weight"
     assert "again.1.bias" not in stored(tmp_path / "file")
-
-
-# -- what a loaded model is --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def loaded(tmp_path: Path) -> tuple[nn.Module, Tensor]:
-    net = trained()
-    save_packed(net, tmp_path / "file")
-    return load_packed(tmp_path / "file", tiny_net(seed=3)), output(net)
-
-
-def test_it_cannot_be_trained(loaded: tuple[nn.Module, Tensor]) -> None:
-    net, expected = loaded
-    with pytest.raises(RuntimeError, match=r"conv1: it was loaded from a packed file.*model.eval\(\)"):
-        net.train()(batch()[0])
-    assert not net.conv1.weight.requires_grad and net.stem.weight.requires_grad
-    assert close(output(net), expected)
-
-
-def exported(net: nn.Module) -> nn.Module:
-    return torch.export.export(net, (batch(9)[0],), strict=False).module()  # type: ignore[no-any-return]
-
-
-def compiled(net: nn.Module) -> nn.Module:
-    torch._dynamo.reset()
-    return torch.compile(net, backend="eager", fullgraph=True)  # type: ignore[return-value]
-
-
-def pickled(net: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(net, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(
-    "tool",
-    [
-        exported,
-        pytest.param(compiled, marks=since(2, 6, "compiling through a TorchFunctionMode")),
-        pickled,
-        copy.deepcopy,
-    ],
-)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchs_tools(tool: Callable[[nn.Module], nn.Module], loaded: tuple[nn.Module, Tensor]) -> None:
-    net, expected = loaded
-    with torch.no_grad():
-        assert close(tool(net)(batch(9)[0]), expected)
-
-
-def test_a_copy_is_independent_and_a_state_dict_carries_over(loaded: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
-    net, expected = loaded
-    other = copy.deepcopy(net)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.neg_()
-    assert close(output(net), expected)
-    assert not close(output(other), expected)
-    other.load_state_dict(net.state_dict())
-    assert close(output(other), expected)
-
-
-# -- the file ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_header_says_what_is_inside(tmp_path: Path) -> None:
-    net = trained(ScaledConv, radius=0.03)
-    save_packed(net, tmp_path / "file")
-    found = header(tmp_path / "file")
-    assert (found["format"], found["plugin"], found["bit_order"]) == (1, hbnn_plugin.__version__, "little")
-    assert found["layers"]["conv1"] == {"tensor": "weight", "cls": "ScaledConv", "shape": [5, 4, 3, 3], "cluster": 0}
-    assert found["clusters"][0]["radius"] == 0.03 and found["clusters"][0]["per"] == "filter"
-    tensors = stored(tmp_path / "file")
-    assert tensors["conv1.weight.bits"].shape == (23,)  # 180 bits
-    assert torch.equal(unpack_bits(tensors["conv1.weight.bits"], 180), binary_weights(net)["conv1"].bits.flatten())
-    assert tensors["conv1.weight.scale"].shape == (5,)
-    assert not any("point" in key or "latent" in key or "extra_state" in key for key in tensors)
-
-
-def test_one_scale_for_all_filters_is_one_number(tmp_path: Path) -> None:
-    save_packed(tiny_net(), tmp_path / "file")
-    assert header(tmp_path / "file")["layers"]["conv1"]["scale"] == 1.0
-    assert "conv1.weight.scale" not in stored(tmp_path / "file")
-
-
-@pytest.mark.parametrize("step", ["pathlib.Path.write_bytes", "os.replace"])
-def test_a_failed_write_leaves_the_old_file(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError("disk full")
-
-    save_packed(tiny_net(), tmp_path / "file")
-    before = (tmp_path / "file").read_bytes()
-    monkeypatch.setattr(step, fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_packed(tiny_net(seed=1), tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_safetensors_is_optional(tmp_path: Path) -> None:
-    code = (
-        "import sys\n"
-        "optional = 'safetensors openvino onnx onnxruntime onnxscript matplotlib'.split()\n"
-        "sys.modules.update(dict.fromkeys(optional))\n"
-        "import torch, hbnn_plugin.counting, hbnn_plugin.export\n"
-        "layer = torch.nn.Linear(3, 2)\n"
-        "print(hbnn_plugin.counting.complexity(layer, (3,)).paper.ops)\n"
-        "try: hbnn_plugin.export.load_packed('file', layer)\n"
-        "except ImportError as error: print(error)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
-    assert result.stdout == "6\npacked files need safetensors: pip install 'hbnn-plugin[packed]'\n"
 
 
 def test_where_names_the_binary_layers(tmp_path: Path) -> None:
