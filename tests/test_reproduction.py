@@ -51,6 +51,20 @@ def test_tuning_sees_the_whole_grid_then_the_best_at_full_length_and_never_the_t
     assert s.epochs_left(Lines(done)) == 0
 
 
+def test_an_ablation_tunes_one_arm_and_gives_all_others_its_settings() -> None:
+    s = Study([CASE], {arm: ARMS[arm] for arm in ("Euclidean", "HBNN")}, 2, compiled=False, ablated="HBNN")
+    done: list[dict[str, Any]] = []
+    while missing := s.missing(Lines(done)):
+        left = s.epochs_left(Lines(done))
+        done += [line(run, 1 - run.recipe.lr) for run in missing]
+        assert left - s.epochs_left(Lines(done)) == sum(run.recipe.epochs for run in missing)
+    tuning = [d["config"] for d in done if d["config"]["split"] == "validation"]
+    assert {config["arm"] for config in tuning} == {"HBNN"}
+    fresh = [d["config"] for d in done if d["config"]["split"] == "test"]
+    assert [(c["arm"], c["recipe"]["lr"]) for c in fresh] == [("Euclidean", 0.1), ("HBNN", 0.1)] * 2
+    assert s.epochs_left(Lines(done)) == 0
+
+
 def test_a_diverged_run_loses_the_tuning() -> None:
     s = study()
     done = [line(run, 0.5) for run in s.grid(CASE, "bare")]

@@ -38,7 +38,7 @@ def test_seeds_are_paired() -> None:
     assert "+2.00 (3)" in table
 
 
-@pytest.mark.parametrize("name", ["table1", "table2", "table5", "fig3", "fig4"])
+@pytest.mark.parametrize("name", ["ablation", "table1", "table2", "table5", "fig3", "fig4"])
 def test_every_experiment_has_its_picture(name: str, tmp_path: Path) -> None:
     experiment = EXPERIMENTS[name]
     cases = experiment.cases(SMOKE, archs=["resnet8"])

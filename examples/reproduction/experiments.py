@@ -28,6 +28,8 @@ class Experiment:
     arms: tuple[str, ...]
     seeds: int | None = None
     """Fresh seeds; by default the preset's."""
+    ablated: str | None = None
+    """Of an ablation: the arm whose tuned learning rate and weight decay all others share."""
 
     def cases(self, preset: Preset, hosts: Sequence[str] = (), archs: Sequence[str] = ()) -> list[Case]:
         """Every host on every task; ``hosts`` and ``archs`` narrow it. Raises ValueError if nothing is left."""
@@ -38,9 +40,14 @@ class Experiment:
         return [Case(task, host) for task in chosen for host in hosts or self.hosts]
 
     def study(self, preset: Preset, cases: Sequence[Case], arms: Sequence[str] = (), seeds: int = 0) -> Study:
-        """Its arms, tuned alike and then on fresh seeds; by default all arms and its own or the preset's seeds."""
+        """Its arms, tuned and then on fresh seeds; by default all arms and its own or the preset's seeds.
+
+        Raises ValueError for an ablation without the arm that it is of.
+        """
         chosen = {arm: ARMS[arm] for arm in arms or self.arms}
-        return Study(cases, chosen, seeds or self.seeds or preset.seeds, preset.compiled)
+        if self.ablated and self.ablated not in chosen:
+            raise ValueError(f"the arms of this ablation have to contain {self.ablated!r}")
+        return Study(cases, chosen, seeds or self.seeds or preset.seeds, preset.compiled, self.ablated)
 
     def search(self, preset: Preset, cases: Sequence[Case], arms: Sequence[str] = ()) -> Search:
         """Its arms by successive halving. Raises ValueError at a preset that has no room for it."""
@@ -55,6 +62,13 @@ _PAPERS = (BARE, "SBNN", "HBNN", "HBNN, spectral")
 
 EXPERIMENTS = {
     "search": Experiment("A default among the open choices", ("cifar10",), ("irnet", "recu"), SEARCHED),
+    "ablation": Experiment(
+        "What the default rule gains by, all else equal",
+        ("cifar10",),
+        ("irnet",),
+        ("HBNN, spectral", "Euclidean, spectral", "bare, Muon"),
+        ablated="HBNN, spectral",
+    ),
     "table1": Experiment("Radius", ("cifar100",), ("plain",), (BARE, *RADII)),
     "table2": Experiment(
         "1/1 and 1/32 networks", ("cifar10", "cifar100"), ("plain", "binaryconnect", "mdtanh"), _PAPERS

@@ -32,8 +32,8 @@ def _legend(axis: Axes) -> None:
 
 
 def draw_differences(study: Study, lines: Lines, path: Path) -> None:
-    """Each arm's paired difference from the bare host with its 95 % t interval (Tables II and V)."""
-    arms = [arm for arm in study.arms if arm != BARE]
+    """Each arm's paired difference from the reference with its 95 % t interval (Tables II and V, ablation)."""
+    arms = [arm for arm in study.arms if arm != study.reference]
     figure, axes = _panels(len(study.cases), 5, 0.6 * len(arms) + 1.4)
     for axis, case in zip(axes, study.cases, strict=True):
         axis.axvline(0, color="0.6", linewidth=1)
@@ -46,7 +46,7 @@ def draw_differences(study: Study, lines: Lines, path: Path) -> None:
             axis.plot(found.mean, height, "o", color="C0")
             axis.annotate(f"{found.count} seeds", (found.mean, height + 0.18), ha="center", fontsize=8)
         axis.set(title=str(case), yticks=range(len(arms)), yticklabels=arms[::-1], ylim=(-0.5, len(arms) - 0.3))
-        axis.set_xlabel("test accuracy − bare host, points; 95 % t interval")
+        axis.set_xlabel(f"test accuracy − {study.reference}, points; 95 % t interval")
     figure.savefig(path, dpi=150)
 
 

@@ -3,6 +3,8 @@
 Protocol, the same for every arm: the learning rate and the weight decay come from the same grid, by accuracy on
 held-out training images; the whole grid at a short schedule first, then its best points at the full one. Fresh seeds
 with the winner then train on all training images and are read on the test set, after the last epoch.
+
+An ablation asks what a part of one arm does, all else equal: every arm trains with what the tuning chose for that one.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from reproduction.arms import BARE
 from reproduction.runs import Run, Split, key_of
 from training import Recipe
 
@@ -68,11 +71,23 @@ class Study:
     arms: Mapping[str, Arm]
     seeds: int
     compiled: bool = True
+    ablated: str | None = None
+    """Of an ablation: the arm whose learning rate and weight decay all others share."""
 
     @property
     def pairs(self) -> list[tuple[Case, str]]:
         """All (case, arm)."""
         return [(case, arm) for arm in self.arms for case in self.cases]
+
+    @property
+    def tuned_pairs(self) -> list[tuple[Case, str]]:
+        """Those that are tuned."""
+        return [(case, arm) for case, arm in self.pairs if self.ablated in (None, arm)]
+
+    @property
+    def reference(self) -> str:
+        """The arm that the others are compared with."""
+        return self.ablated or BARE
 
     def run(self, case: Case, arm: str, lr: float, decay: float, epochs: int, seed: int, split: Split) -> Run:
         """One run of this study."""
@@ -112,6 +127,7 @@ class Study:
 
     def tuned(self, case: Case, arm: str, lines: Lines) -> tuple[float, float] | None:
         """Learning rate and decay that won the tuning; None while it is unfinished."""
+        arm = self.ablated or arm
         if not self.grid(case, arm):
             return case.task.grid[0]
         finals = self.finals(case, arm, lines)
@@ -129,18 +145,20 @@ class Study:
 
     def missing(self, lines: Lines) -> list[Run]:
         """What can run now: tuning before fresh seeds, and of these one seed of every arm before the next."""
-        grids = [run for pair in self.pairs for run in self.grid(*pair)]
-        finals = [run for pair in self.pairs for run in self.finals(*pair, lines)]
+        grids = [run for pair in self.tuned_pairs for run in self.grid(*pair)]
+        finals = [run for pair in self.tuned_pairs for run in self.finals(*pair, lines)]
         fresh = [run for pair in self.pairs for run in self.fresh(*pair, lines)]
         fresh.sort(key=lambda run: run.recipe.seed)
         return [run for run in (*grids, *finals, *fresh) if run not in lines]
 
     def epochs_left(self, lines: Lines) -> int:
         """Of everything, with what the tuning has yet to decide."""
-        left = 0
-        for case, arm in self.pairs:
+        left, known = 0, []
+        for case, arm in self.tuned_pairs:
             task, grid = case.task, self.grid(case, arm)
-            known = [*grid, *self.finals(case, arm, lines), *self.fresh(case, arm, lines)]
-            left += len(grid) * task.short_epochs + (bool(grid) * task.finalists + self.seeds) * task.epochs
-            left -= sum(run.recipe.epochs for run in known if run in lines)
-        return left
+            left += len(grid) * task.short_epochs + bool(grid) * task.finalists * task.epochs
+            known += [*grid, *self.finals(case, arm, lines)]
+        for case, arm in self.pairs:
+            left += self.seeds * case.task.epochs
+            known += self.fresh(case, arm, lines)
+        return left - sum(run.recipe.epochs for run in known if run in lines)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 _PICTURES = {
+    "ablation": plots.draw_differences,
     "table1": plots.draw_radii,
     "table2": plots.draw_differences,
     "table5": plots.draw_differences,

@@ -31,18 +31,18 @@ def accuracies(study: Study, case: Case, arm: str, lines: Lines) -> dict[int, fl
 
 
 def difference(study: Study, case: Case, arm: str, lines: Lines) -> Difference | None:
-    """From the bare host over the seeds that both have, in points; None without any."""
-    if arm == BARE or BARE not in study.arms:
+    """From the study's reference over the seeds that both have, in points; None without any."""
+    if arm == study.reference or study.reference not in study.arms:
         return None
-    mine, bare = accuracies(study, case, arm, lines), accuracies(study, case, BARE, lines)
-    seeds = sorted(mine.keys() & bare.keys())
-    return paired([mine[s] for s in seeds], [bare[s] for s in seeds]) if seeds else None
+    mine, other = accuracies(study, case, arm, lines), accuracies(study, case, study.reference, lines)
+    seeds = sorted(mine.keys() & other.keys())
+    return paired([mine[s] for s in seeds], [other[s] for s in seeds]) if seeds else None
 
 
 def comparison_table(study: Study, lines: Lines) -> str:
-    """Test accuracy of every arm, and its paired difference from the bare host."""
+    """Test accuracy of every arm, and its paired difference from the study's reference."""
     rows = [
-        "| task, host | arm | lr, decay | test accuracy, % (seeds) | − bare, points | 95 % t interval | "
+        f"| task, host | arm | lr, decay | test accuracy, % (seeds) | − {study.reference}, points | 95 % t interval | "
         "95 % bootstrap | seeds that would decide | training loss | flipped | oscillating late | reach |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
