@@ -46,7 +46,7 @@ def draw_differences(study: Study, lines: Lines, path: Path) -> None:
             axis.plot(found.mean, height, "o", color="C0")
             axis.annotate(f"{found.count} seeds", (found.mean, height + 0.18), ha="center", fontsize=8)
         axis.set(title=str(case), yticks=range(len(arms)), yticklabels=arms[::-1], ylim=(-0.5, len(arms) - 0.3))
-        axis.set_xlabel(f"test accuracy − {study.reference}, points; 95 % t interval")
+        axis.set_xlabel(f"test accuracy − {study.reference}, points\n95 % t interval")
     figure.savefig(path, dpi=150)
 
 
