@@ -135,7 +135,7 @@ def apply(
             its weight, class and keys, and only an optimizer's step sees the latent. By default parametrize, unless
             something is seen that takes in-place mode (:mod:`hbnn_plugin.idioms`, a model in DDP); ``plan`` tells.
         rule: how points move: ``"spectral"`` (beyond the paper, :mod:`hbnn_plugin.rules`; the ball's default, because
-            it is the one that gained accuracy over a tuned host, README), ``"mobius"`` (the paper's Eq. 9; the sphere's
+            it gained accuracy over a tuned IR-Net, see the README), ``"mobius"`` (the paper's Eq. 9; the sphere's
             default), ``"riemannian"`` or ``"riemannian-adam"`` (geoopt's), or ``"fixed"``: not at all, which is the
             plain Riemannian exponential map. On the sphere all but the last follow the geodesic.
         order: ``"simultaneous"``: point and latent from one gradient; ``"alternating"``: the point first, the latent's
