@@ -44,7 +44,7 @@ def draw_differences(study: Study, lines: Lines, path: Path) -> None:
             if found.count > 1:
                 axis.plot([found.low, found.high], [height, height], color="C0", linewidth=2)
             axis.plot(found.mean, height, "o", color="C0")
-            axis.annotate(f"{found.count} seeds", (found.mean, height + 0.18), ha="center", fontsize=8)
+            axis.annotate(f"{found.count} seed{'s' * (found.count > 1)}", (found.mean, height + 0.18), ha="center", fontsize=8)
         axis.set(title=str(case), yticks=range(len(arms)), yticklabels=arms[::-1], ylim=(-0.5, len(arms) - 0.3))
         axis.set_xlabel(f"test accuracy − {study.reference}, points\n95 % t interval")
     figure.savefig(path, dpi=150)
@@ -57,16 +57,15 @@ def draw_radii(study: Study, lines: Lines, path: Path) -> None:
         bare = list(accuracies(study, case, BARE, lines).values()) if BARE in study.arms else []
         if bare:
             axis.axhline(float(np.mean(bare)), color="0.5", linestyle="--", label="bare host")
-        for space, name in (("ball", "HBNN (ball)"), ("sphere", "SBNN (sphere)")):
+        for space, label in (("ball", "HBNN (ball)"), ("sphere", "SBNN (sphere)")):
             points = []
-            for name_of_arm, arm in study.arms.items():
-                found = list(accuracies(study, case, name_of_arm, lines).values())
-                options = arm.options
+            for name, arm in study.arms.items():
+                found, options = list(accuracies(study, case, name, lines).values()), arm.options
                 if options and options["space"] == space and found:
                     points.append((options["radius"], float(np.mean(found)), float(np.std(found))))
             if points:
                 radius, mean, std = zip(*sorted(points), strict=True)
-                axis.errorbar(radius, mean, std, marker="o", capsize=3, label=name)
+                axis.errorbar(radius, mean, std, marker="o", capsize=3, label=label)
         axis.set(title=str(case), xscale="log", xlabel="radius r", ylabel="test accuracy, % (mean ± std)")
         _legend(axis)
     figure.savefig(path, dpi=150)
