@@ -44,7 +44,9 @@ def draw_differences(study: Study, lines: Lines, path: Path) -> None:
             if found.count > 1:
                 axis.plot([found.low, found.high], [height, height], color="C0", linewidth=2)
             axis.plot(found.mean, height, "o", color="C0")
-            axis.annotate(f"{found.count} seed{'s' * (found.count > 1)}", (found.mean, height + 0.18), ha="center", fontsize=8)
+            axis.annotate(
+                f"{found.count} seed{'s' * (found.count > 1)}", (found.mean, height + 0.18), ha="center", fontsize=8
+            )
         axis.set(title=str(case), yticks=range(len(arms)), yticklabels=arms[::-1], ylim=(-0.5, len(arms) - 0.3))
         axis.set_xlabel(f"test accuracy − {study.reference}, points\n95 % t interval")
     figure.savefig(path, dpi=150)
