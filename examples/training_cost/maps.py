@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import hbnn_plugin
+from hbnn_plugin import ball, epc
 from hosts import binary_layers, get_host
 from hosts.networks import NETWORKS
 from measuring import in_turns, median, ratio
@@ -76,10 +77,19 @@ def _formula(p: Tensor, v: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def measure_map(layers: Sequence[Weights], turns: int, compiled: bool = True) -> dict[str, Any]:
     """Milliseconds of each way to compute the map of all layers forward and backward, and ratios to ours."""
-    ball = geoopt.PoincareBallExact(c=RADIUS)
+    theirs = geoopt.PoincareBallExact(c=RADIUS)
 
-    def both_ways(exp: Callable[[Weights], Tensor]) -> Callable[[], object]:
-        return lambda: [torch.autograd.grad(exp(w), w.latent, w.upstream) for w in layers]
+    def both_ways(exp: Callable[[], Sequence[Tensor]]) -> Callable[[], object]:
+        latents, upstreams = [w.latent for w in layers], [w.upstream for w in layers]
+        return lambda: torch.autograd.grad(exp(), latents, upstreams)
+
+    def each(exp: Callable[[Weights], Tensor]) -> Callable[[], Sequence[Tensor]]:
+        return lambda: [exp(w) for w in layers]
+
+    def plugin() -> Sequence[Tensor]:
+        """As in a model's forward: the scalars of all layers together."""
+        maps = [epc.Map(w.point, w.latent, RADIUS, ball, w.dims) for w in layers]
+        return [epc.exp_map_prepared(*pair) for pair in zip(maps, epc.prepare(maps), strict=True)]
 
     def floor() -> None:
         for w in layers:  # two fresh tensors at a time, as a map's result and its gradient are
@@ -87,15 +97,15 @@ def measure_map(layers: Sequence[Weights], turns: int, compiled: bool = True) ->
             del kept
 
     arms: dict[str, Callable[[], object]] = {
-        "plugin": both_ways(lambda w: hbnn_plugin.exp_map(w.point, w.latent, RADIUS, dims=w.dims)),
-        "geoopt": both_ways(lambda w: _geoopt(ball, w)),
+        "plugin": both_ways(plugin),
+        "geoopt": both_ways(each(lambda w: _geoopt(theirs, w))),
         FLOOR: floor,
     }
     if compiled:
         torch.compiler.reset()
         ours, plain = torch.compile(hbnn_plugin.exp_map), torch.compile(_formula)
-        arms["plugin, compiled"] = both_ways(lambda w: ours(w.point, w.latent, RADIUS, dims=w.dims))
-        arms["formula, compiled"] = both_ways(lambda w: plain(w.point, w.latent, w.dims))
+        arms["plugin, compiled"] = both_ways(each(lambda w: ours(w.point, w.latent, RADIUS, dims=w.dims)))
+        arms["formula, compiled"] = both_ways(each(lambda w: plain(w.point, w.latent, w.dims)))
     seconds = in_turns(arms, turns)
     seconds[FLOOR] = [s * MOVED / 4 for s in seconds[FLOOR]]  # the clones move four
     return {
