@@ -93,7 +93,7 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None, list[str],
     add("--rule", choices=get_args(Rule))
     add("--order", choices=get_args(Order))
     add("--relative", action="store_true", default=None)
-    for name in ("start", "point-lr", "point-momentum", "point-decay"):
+    for name in ("start", "point-lr", "point-lr-power", "point-momentum", "point-decay"):
         add(f"--{name}", type=float)
     add("--report", type=Path, metavar="DIR", help="write flips, a picture and fused copies of saved checkpoints there")
     add("-m", dest="module", metavar="MODULE", help="run a module, as python -m does")

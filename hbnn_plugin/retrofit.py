@@ -27,30 +27,22 @@ M = TypeVar("M", bound=nn.Module)
 Binarize = Literal["1/1", "1/32"]
 
 
+_SPECTRAL = {"point_lr": 0.15, "point_lr_power": 0.75, "point_momentum": 0.95, "point_decay": 0.02}
+"""Of a tuned IR-Net and ReCU, see the README."""
+
+
 def _settings(
-    space: SpaceName,
-    radius: float | None,
-    start: float | None,
-    rule: Rule | None,
-    point_lr: float | None,
-    point_momentum: float | None,
-    point_decay: float | None,
-    **rest: object,
+    space: SpaceName, rule: Rule | None, per: Per, order: Order, relative: bool, **numbers: float | None
 ) -> Settings:
-    if radius is None:
-        radius = DEFAULT_RADIUS.get(space, 1.0)
-    if start is None:
-        start = 1.0 if space == "sphere" else 0.0
-    if rule is None:
-        rule = "spectral" if space == "ball" else "mobius"
-    if point_lr is None:
-        point_lr = 0.1 if rule == "spectral" else 1.0
-    if point_momentum is None:
-        point_momentum = 0.95 if rule == "spectral" else 0.0
-    if point_decay is None:
-        point_decay = 0.02 if rule == "spectral" and space == "ball" else 0.0
-    moving = {"rule": rule, "point_lr": point_lr, "point_momentum": point_momentum, "point_decay": point_decay}
-    return Settings(space=space, radius=radius, start=start, **moving, **rest)  # type: ignore[arg-type]
+    """With the defaults that depend on space and rule in place of None."""
+    rule = rule or ("spectral" if space == "ball" else "mobius")
+    defaults = {"radius": DEFAULT_RADIUS.get(space, 1.0), "start": 1.0 if space == "sphere" else 0.0}
+    if rule == "spectral":
+        defaults |= _SPECTRAL
+    if space == "sphere":
+        defaults["point_decay"] = 0.0
+    given = {name: value for name, value in numbers.items() if value is not None}
+    return Settings(space=space, rule=rule, per=per, order=order, relative=relative, **(defaults | given))
 
 
 def plan(
@@ -67,6 +59,7 @@ def plan(
     relative: bool = False,
     start: float | None = None,
     point_lr: float | None = None,
+    point_lr_power: float | None = None,
     point_momentum: float | None = None,
     point_decay: float | None = None,
 ) -> Plan:
@@ -80,15 +73,16 @@ def plan(
     """
     settings = _settings(
         space,
-        radius,
-        start,
         rule,
-        point_lr,
-        point_momentum,
-        point_decay,
-        per=per,
-        order=order,
-        relative=relative,
+        per,
+        order,
+        relative,
+        radius=radius,
+        start=start,
+        point_lr=point_lr,
+        point_lr_power=point_lr_power,
+        point_momentum=point_momentum,
+        point_decay=point_decay,
     )
     if binarize is None:
         return make_plan(model, settings, where, mode)
@@ -111,6 +105,7 @@ def apply(
     relative: bool = False,
     start: float | None = None,
     point_lr: float | None = None,
+    point_lr_power: float | None = None,
     point_momentum: float | None = None,
     point_decay: float | None = None,
 ) -> M:
@@ -144,9 +139,9 @@ def apply(
             the same place in its ball, and a pretrained host's output is kept itself, not only its binary weights.
         start: the point's start on the geodesic from the origin (0, the ball's default) to the weight (1, the
             sphere's).
-        point_lr: the point's learning rate as a multiple of its weight's, 1; for the spectral rule 0.1, as a multiple
-            of the square root of its weight's (:mod:`hbnn_plugin.rules` says why). A parameter group's ``"point_lr"``
-            overrides it.
+        point_lr, point_lr_power: the point's learning rate is point_lr · lrᵖᵒʷᵉʳ, lr its weight's: 1 and 1; for the
+            spectral rule 0.15 and ¾ (:mod:`hbnn_plugin.rules` says why, and what holds under Adam). A parameter
+            group's ``"point_lr"`` overrides the first.
         point_momentum: heavy-ball momentum of the point, 0; for the spectral rule Nesterov's, 0.95.
         point_decay: decay of the point towards the origin, p ← (1 − η·point_decay) ⊗ p; 0, for the spectral rule
             in the ball 0.02.
@@ -173,6 +168,7 @@ def apply(
         relative=relative,
         start=start,
         point_lr=point_lr,
+        point_lr_power=point_lr_power,
         point_momentum=point_momentum,
         point_decay=point_decay,
     )

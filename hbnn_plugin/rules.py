@@ -7,15 +7,18 @@ r"""How a point moves, given its gradient g = ∂L/∂p and its learning rate η
 * ``spectral`` (not in the paper): p ← p ⊕ (−ηO), O the orthogonal factor of the layer's g with Nesterov momentum,
   as a matrix (output units × coordinates): each filter's point moves by about η, and no direction that the layer's
   filters share outruns the others (:mod:`hbnn_plugin.spectral`). With ``relative=True`` by about ηs.
-  Its η is ``point_lr`` times the *square root* of the weight's learning rate: where steps shrink with their gradient,
-  what noise does to a weight goes with √lr; steps of fixed length have to go with √lr themselves to come to rest
-  together with the weights, and not long before.
 * ``fixed``: not at all.
+
+η = point_lr · lrᵖ, lr the weight's learning rate and p ``point_lr_power``: 1, and ¾ for spectral points, whose steps
+shrink with lr alone and not with their gradient too. At ½ they are still restless at the end of training, where the
+host's gradient does not vanish (ReCU), at 1 they have come to rest before the weights have (README, "Does it help?").
 
 Under an optimizer of Adam's kind (its group has ``betas`` or ``eps``) the weights move by about η a coordinate however
 large their gradient is. For the first two rules g is then divided by the running root mean square of its coordinates,
 one number a point, with the group's own β₂ (or ``alpha``, ``rho``; else .999) and eps, so that the point's coordinates
-move by about η too; ``mobius`` is then p ← p ⊕ (−ηg), since a g of norm √n lies outside the domain of ⊗.
+move by about η too; ``mobius`` is then p ← p ⊕ (−ηg), since a g of norm √n lies outside the domain of ⊗. For spectral
+points, O is multiplied by √n, n the longer side of the matrix, with p = 1: their coordinates move by about η, in steps
+of a fixed length like the weights'.
 """
 
 from __future__ import annotations
@@ -56,11 +59,6 @@ class Move(NamedTuple):
     """The parameter group of the latent."""
 
     @property
-    def adaptive(self) -> bool:
-        """Whether the optimizer is of Adam's kind."""
-        return "betas" in self.group or "eps" in self.group
-
-    @property
     def kept(self) -> float | Tensor:
         """What point_decay leaves of the point, 1 − η·point_decay, whichever way the step goes (``maximize``)."""
         decay = self.epc.settings.point_decay
@@ -82,9 +80,16 @@ class _Direction(NamedTuple):
 def point_rate(epc: EPC, group: Mapping[str, Any]) -> float | Tensor:
     """η of a point whose weight is in this parameter group, which has an ``lr``."""
     lr: float | Tensor = group["lr"]
-    if epc.settings.rule == "spectral":
-        lr = lr**0.5
-    return lr * group.get("point_lr", epc.settings.point_lr)  # type: ignore[no-any-return]
+    factor = group.get("point_lr", epc.settings.point_lr)
+    if epc.settings.rule == "spectral" and _adaptive(group):
+        coordinates = math.prod(epc.point.shape[d] for d in _coordinates(epc))
+        return lr * factor * math.sqrt(max(coordinates, epc.point.numel() // coordinates))  # type: ignore[no-any-return]
+    return lr**epc.settings.point_lr_power * factor  # type: ignore[no-any-return]
+
+
+def _adaptive(group: Mapping[str, Any]) -> bool:
+    """Whether its optimizer is of Adam's kind."""
+    return "betas" in group or "eps" in group
 
 
 @torch.no_grad()
@@ -153,7 +158,7 @@ def _make_tangent(epc: EPC) -> None:
 
 def _mobius_direction(step: Move) -> _Direction:
     g = step.found.gradient
-    if not step.adaptive:
+    if not _adaptive(step.group):
         return _Direction(_accumulated(step), 1.0, step.lr)
     # a g of norm √n would lie outside ⊗'s domain: scale first, p ⊕ ((−1) ⊗ ηg), the same to first order
     rms = _root_mean_square(step)
@@ -255,7 +260,7 @@ def _follow(step: Move) -> None:
     if epc.settings.rule == "riemannian-adam":
         _riemannian_adam(epc, g, step.lr)
     else:
-        _riemannian(epc, g.div_(_root_mean_square(step)) if step.adaptive else g, step.lr)
+        _riemannian(epc, g.div_(_root_mean_square(step)) if _adaptive(step.group) else g, step.lr)
     if before is not None:
         for now, then in zip(state, before):
             now.copy_(torch.where(valid, now, then))

@@ -36,6 +36,7 @@ class Settings:
     relative: bool = False
     start: float = 0.0
     point_lr: float = 1.0
+    point_lr_power: float = 1.0
     point_momentum: float = 0.0
     point_decay: float = 0.0
 
@@ -48,6 +49,7 @@ class Settings:
             ("radius", 0.0, math.inf),
             ("start", 0.0, 1.0),
             ("point_lr", 0.0, math.inf),
+            ("point_lr_power", 0.0, math.inf),
             ("point_momentum", 0.0, 1.0),
             ("point_decay", 0.0, math.inf),
         ):

@@ -86,7 +86,7 @@ def train_with_geoopt(
         for point in points:
             point.grad = None
         F.cross_entropy(torch.func.functional_call(model, mapped, (x,)), y).backward()
-        eta = optimizer.param_groups[0]["lr"] ** (0.5 if rule == "spectral" else 1) * point_lr
+        eta = optimizer.param_groups[0]["lr"] ** (0.75 if rule == "spectral" else 1) * point_lr
         optimizer.step()
         scheduler.step()
         if rule == "fixed":

@@ -99,4 +99,4 @@ def test_the_first_step_from_the_origin_is_the_orthogonal_factor_of_the_layers_g
     wide = gradient if len(gradient) <= gradient.shape[1] else gradient.T
     factor = newton_schulz(wide) if wide is gradient else newton_schulz(wide).T
     moved = rows(epc.point if epc.scale is None else epc.point / epc.scale)
-    assert torch.allclose(moved, -0.1 * 0.1**0.5 * factor, rtol=0, atol=1e-9)
+    assert torch.allclose(moved, -0.15 * 0.1**0.75 * factor, rtol=0, atol=1e-9)

@@ -20,11 +20,15 @@ class Arm:
     """Of ``hbnn_plugin.apply``; None is the host alone."""
     optimizer: Literal["sgd", "muon"] = "sgd"
     """Of the binary layers' weights."""
+    tuned_as: str | None = None
+    """The arm whose tuned learning rate and weight decay it takes; by default it is tuned itself."""
 
 
 _LITERAL: Options = {"space": "ball", "radius": 0.05, "per": "filter", "rule": "mobius", "point_lr": 1.0}
 _SPHERE: Options = {"space": "sphere", "radius": 1.0, "per": "filter", "rule": "mobius", "point_lr": 1.0}
-_SPECTRAL: Options = {**_LITERAL, "rule": "spectral", "point_lr": 0.1, "point_momentum": 0.95, "point_decay": 0.02}
+_SPECTRAL: Options = {**_LITERAL, "rule": "spectral", "point_momentum": 0.95, "point_decay": 0.02}
+_ROOT: Options = {**_SPECTRAL, "point_lr": 0.1, "point_lr_power": 0.5}
+_DEFAULT: Options = {**_SPECTRAL, "point_lr": 0.15, "point_lr_power": 0.75}
 _FLAT = 1e-12
 
 _OPEN: dict[str, Options] = {
@@ -53,8 +57,8 @@ _APPLIED: dict[str, Options] = {
     "Euclidean": {**_LITERAL, "radius": _FLAT},
     "SBNN": _SPHERE,
     "HBNN": _LITERAL,
-    "Euclidean, spectral": {**_SPECTRAL, "radius": _FLAT},
-    "HBNN, spectral": _SPECTRAL,
+    "HBNN, spectral, √lr": _ROOT,
+    "Euclidean, spectral, √lr": {**_ROOT, "radius": _FLAT},
     **_OPEN,
     **_RADII,
 }
@@ -63,14 +67,26 @@ ARMS: dict[str, Arm] = {
     BARE: Arm(),
     "bare, Muon": Arm(optimizer="muon"),
     **{name: Arm(options) for name, options in _APPLIED.items()},
+    "HBNN, spectral": Arm(_DEFAULT, tuned_as="HBNN, spectral, √lr"),
+    "Euclidean, spectral": Arm({**_DEFAULT, "radius": _FLAT}, tuned_as="HBNN, spectral, √lr"),
 }
 """By name; options are spelled out so that a change of the library's defaults changes no arm.
 
-"Euclidean" is x = v + p, the point as a second copy of the weights without curvature. "spectral" goes beyond the paper;
-"bare, Muon" is its control: the same directions, momentum, rate and decay on the host's own weights.
+"Euclidean" is x = v + p, the point as a second copy of the weights without curvature. "spectral" goes beyond the paper
+and is the library's default; "√lr" was, with points whose rate goes with the root of the learning rate. Its control is
+"bare, Muon": the same directions, momentum, rate and decay on the host's own weights.
 """
 
-SEARCHED = ("HBNN", "HBNN, spectral", *_OPEN, "fixed point", "Euclidean", "Euclidean, spectral", "SBNN")
+SEARCHED = (
+    "HBNN",
+    "HBNN, spectral, √lr",
+    "HBNN, spectral",
+    "Euclidean, spectral",
+    *_OPEN,
+    "fixed point",
+    "Euclidean",
+    "SBNN",
+)
 """The search for a default, and its controls."""
 
 RADII = tuple(_RADII)

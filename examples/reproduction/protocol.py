@@ -5,6 +5,7 @@ held-out training images; the whole grid at a short schedule first, then its bes
 with the winner then train on all training images and are read on the test set, after the last epoch.
 
 An ablation asks what a part of one arm does, all else equal: every arm trains with what the tuning chose for that one.
+So does an arm that is another one's successor (``Arm.tuned_as``), which can only cost it something.
 """
 
 from __future__ import annotations
@@ -82,7 +83,11 @@ class Study:
     @property
     def tuned_pairs(self) -> list[tuple[Case, str]]:
         """Those that are tuned."""
-        return [(case, arm) for case, arm in self.pairs if self.ablated in (None, arm)]
+        return [(case, arm) for case, arm in self.pairs if self.tuned_as(arm) == arm]
+
+    def tuned_as(self, arm: str) -> str:
+        """The arm whose learning rate and weight decay this one takes: as a rule, itself."""
+        return self.ablated or self.arms[arm].tuned_as or arm
 
     @property
     def reference(self) -> str:
@@ -127,7 +132,7 @@ class Study:
 
     def tuned(self, case: Case, arm: str, lines: Lines) -> tuple[float, float] | None:
         """Learning rate and decay that won the tuning; None while it is unfinished."""
-        arm = self.ablated or arm
+        arm = self.tuned_as(arm)
         if not self.grid(case, arm):
             return case.task.grid[0]
         finals = self.finals(case, arm, lines)
