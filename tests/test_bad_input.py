@@ -70,6 +70,7 @@ BAD = {
     "start on the sphere": (tiny_net, {"space": "sphere", "start": 0.0}, ValueError, ["start", "sphere"]),
     "point_lr": (tiny_net, {"point_lr": -1.0}, ValueError, ["point_lr", "-1.0"]),
     "point_lr no number": (tiny_net, {"point_lr": "fast"}, TypeError, ["point_lr", "fast"]),
+    "point_lr_power": (tiny_net, {"point_lr_power": -0.5}, ValueError, ["point_lr_power", "-0.5"]),
     "point_momentum": (tiny_net, {"point_momentum": 1.0}, ValueError, ["point_momentum", "below 1"]),
     "point_decay on the sphere": (
         tiny_net,

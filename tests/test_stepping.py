@@ -118,11 +118,13 @@ def test_every_optimizer_takes_the_same_steps_in_both_modes(name: str) -> None:
 @each_mode
 @pytest.mark.parametrize("channels", [2, 8, 512])
 @pytest.mark.parametrize("optimizer_class", [Adam, AdamW])
+@pytest.mark.parametrize("rule", ["mobius", "spectral"])
 def test_under_adam_the_coordinates_of_a_point_move_by_about_the_rate(
-    optimizer_class: type[Optimizer], channels: int, mode: str
+    rule: str, optimizer_class: type[Optimizer], channels: int, mode: str
 ) -> None:
     torch.manual_seed(0)
-    layer = hbnn_plugin.apply(IrConv(channels, 3, 3), where=hbnn_plugin.by_class(IrConv), mode=mode, rule="mobius")
+    options = {"rule": rule, "point_lr": 1.0, "mode": mode}
+    layer = hbnn_plugin.apply(IrConv(channels, 3, 3), where=hbnn_plugin.by_class(IrConv), **options)
     optimizer = optimizer_class(layer.parameters(), lr=1e-3)
     (1e-3 * layer(torch.randn(2, channels, 5, 5)).square().mean()).backward()
     optimizer.step()
@@ -273,6 +275,21 @@ def test_each_points_rate_is_that_of_its_weights_group_times_point_lr(mode: str)
     torch.testing.assert_close(points(net)["conv1"], points(slow)["conv1"], rtol=0, atol=0)
     torch.testing.assert_close(points(net)["conv2"], points(fast)["conv2"], rtol=1e-6, atol=1e-9)
     assert not any(p.any() for p in points(halted).values())
+
+
+@each_mode
+@pytest.mark.parametrize("rule", ["mobius", "riemannian", "spectral"])
+def test_a_points_rate_goes_with_a_power_of_its_weights(rule: str, mode: str) -> None:
+    root, linear = (
+        applied(rule=rule, point_lr=point_lr, point_lr_power=power, dtype=F64, mode=mode)
+        for point_lr, power in ((0.5, 0.5), (2.5, 1.0))
+    )
+    for net in (root, linear):
+        loss_of(net, 0).backward()
+        SGD(net.parameters(), lr=0.04).step()  # 0.5 · √0.04 = 2.5 · 0.04
+    for name in BINARY_LAYERS:
+        assert points(root)[name].any()
+        torch.testing.assert_close(points(root)[name], points(linear)[name], rtol=1e-12, atol=1e-15)
 
 
 @each_mode
