@@ -78,7 +78,7 @@ PRESETS = {
     "small": Preset(
         (Task("cifar10", "resnet8", 16, 40, 128, (0.1, 0.3, 0.6), (1e-4, 2e-4, 5e-4), short_epochs=10),),
         seeds=5,
-        rungs=((10, 16), (20, 5), (40, 2)),
+        rungs=((10, 18), (20, 5), (40, 2)),
     ),
     "medium": Preset(
         (
@@ -88,7 +88,7 @@ PRESETS = {
             _medium("cifar100", "resnet18"),
         ),
         seeds=5,
-        rungs=((30, 16), (60, 5), (120, 2)),
+        rungs=((30, 18), (60, 5), (120, 2)),
     ),
     "paper": Preset(
         (
