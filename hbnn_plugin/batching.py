@@ -23,8 +23,10 @@ __all__ = ["install_batching", "remove_batching"]
 
 def install_batching(model: nn.Module) -> None:
     """From now on ``model(...)`` prepares the maps of the layers inside."""
+    if _prepare_all in model._forward_pre_hooks.values():
+        return
     model.register_forward_pre_hook(_prepare_all)
-    model.register_forward_hook(_forget_all)
+    model.register_forward_hook(_forget_all, always_call=True)  # also when it raises
 
 
 def remove_batching(model: nn.Module) -> None:
@@ -32,6 +34,7 @@ def remove_batching(model: nn.Module) -> None:
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in (_prepare_all, _forget_all)]:
             del hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
 
 
 def _prepare_all(model: nn.Module, _: Any) -> None:

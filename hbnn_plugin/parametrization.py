@@ -114,8 +114,15 @@ class Parametrized(EPC):
     def foresees_its_map(self) -> bool:
         """Whether the latent that the next read of the weight will see can be told now."""
         latent = self.owner[0].original if self.owner is not None else None
-        # FSDP's shards and functional_call's substitutes are no plain Parameters
-        return type(latent) is nn.Parameter and latent.dtype == self.point.dtype and not self._bypass
+        # FSDP's shards and functional_call's substitutes are no plain Parameters; under offloading both wait on no
+        # device, and in DataParallel's replicas the latent is the original's, on another one
+        return (
+            type(latent) is nn.Parameter
+            and latent.dtype == self.point.dtype
+            and latent.device == self.point.device
+            and not latent.is_meta
+            and not self._bypass
+        )
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The latent whose weight is ``weight``; outside the ball, its direction at the edge, with a warning."""

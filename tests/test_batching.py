@@ -95,6 +95,40 @@ def test_after_a_forward_that_raised_edits_are_seen() -> None:
     assert torch.equal(net(images()), plain(net)(images()))
 
 
+def test_after_a_forward_that_raised_nothing_prepared_is_left() -> None:
+    net = applied()
+    with pytest.raises(RuntimeError):
+        net(torch.zeros(1, 7, 8, 8))
+    assert all(epc.prepared is None for epc in clusters(net))
+    for layer in clusters(net):
+        layer.parameter.data.mul_(-0.7)
+    for name in BINARY_LAYERS:
+        assert torch.equal(getattr(net, name).weight, getattr(plain(net), name).weight)
+
+
+def test_applied_twice_to_one_model_each_map_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hbnn_plugin import epc  # noqa: PLC0415
+
+    net, batches = tiny_net(SmoothConv), []
+    for name in BINARY_LAYERS:
+        hbnn_plugin.apply(net, mode="parametrize", where=hbnn_plugin.by_name(name))
+    original = epc._prepare_alike
+    monkeypatch.setattr(epc, "_prepare_alike", lambda maps, out: batches.append(len(maps)) or original(maps, out))
+    net(images())
+    assert batches == [len(BINARY_LAYERS)]
+    hbnn_plugin.fuse(net)
+    assert not net._forward_pre_hooks
+    assert not net._forward_hooks
+    assert not net._forward_hooks_always_called
+
+
+def test_latents_that_wait_elsewhere_are_not_prepared() -> None:
+    net = applied()
+    for layer in clusters(net):
+        layer.register_buffer("point", layer.point.to("meta"))  # as a replica's or an offloaded model's
+        assert not layer.foresees_its_map
+
+
 def test_a_weight_that_is_read_twice_is_mapped_twice() -> None:
     net = applied()
     layer = getattr(net, BINARY_LAYERS[0])
