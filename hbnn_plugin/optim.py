@@ -2,8 +2,7 @@
 
 ``ClusterSGD(model.parameters(), lr=0.1, momentum=0.9)`` does what ``torch.optim.SGD`` does to every parameter, and to
 the points what :func:`hbnn_plugin.apply` was told (with geoopt's manifolds for the Riemannian rules); the automatic
-stepping stands back. A parameter group may carry ``point_lr``, the points' learning rate as a multiple of the group's
-``lr``.
+stepping stands back. A parameter group may carry ``point_lr``, which overrides that of :func:`hbnn_plugin.apply`.
 """
 
 from __future__ import annotations
@@ -59,12 +58,12 @@ class _StepsPoints(Optimizer):
 
 
 class ClusterSGD(_StepsPoints, torch.optim.SGD):
-    """torch.optim.SGD that moves the points too; ``point_lr`` is relative to ``lr`` (default: as applied)."""
+    """torch.optim.SGD that moves the points too; ``point_lr`` overrides that of ``apply``."""
 
 
 class ClusterAdam(_StepsPoints, torch.optim.Adam):
-    """torch.optim.Adam that moves the points too; ``point_lr`` is relative to ``lr`` (default: as applied)."""
+    """torch.optim.Adam that moves the points too; ``point_lr`` overrides that of ``apply``."""
 
 
 class ClusterAdamW(_StepsPoints, torch.optim.AdamW):
-    """torch.optim.AdamW that moves the points too; ``point_lr`` is relative to ``lr`` (default: as applied)."""
+    """torch.optim.AdamW that moves the points too; ``point_lr`` overrides that of ``apply``."""

@@ -118,7 +118,7 @@ def apply(
     What the paper leaves open is an option here, and the default is our reading, chosen by measurement (README).
 
     Args:
-        model: any model with binary layers; on any device, not yet wrapped in DDP or sharded.
+        model: any model with binary layers; on any device, not yet sharded.
         space: ``"ball"`` (HBNN) or ``"sphere"`` (SBNN).
         radius: r > 0; the ball ends at ‖x‖ = 1/√r. Default 0.05 for the ball, 1.0 for the sphere (Table I).
         per: one point per output unit (``"filter"``) or one per ``"layer"``.
@@ -139,17 +139,18 @@ def apply(
             the same place in its ball, and a pretrained host's output is kept itself, not only its binary weights.
         start: the point's start on the geodesic from the origin (0, the ball's default) to the weight (1, the
             sphere's).
-        point_lr, point_lr_power: the point's learning rate is point_lr · lrᵖᵒʷᵉʳ, lr its weight's: 1 and 1; for the
-            spectral rule 0.15 and ¾ (:mod:`hbnn_plugin.rules` says why, and what holds under Adam). A parameter
-            group's ``"point_lr"`` overrides the first.
+        point_lr, point_lr_power: the point's learning rate is ``point_lr * lr**point_lr_power``, lr its weight's: 1 and
+            1; for the spectral rule 0.15 and 0.75 (:mod:`hbnn_plugin.rules` says why). Under Adam's kind of optimizer
+            the power has no effect on spectral points: their coordinates move by about ``point_lr * lr``. A parameter
+            group's ``"point_lr"`` overrides the option.
         point_momentum: heavy-ball momentum of the point, 0; for the spectral rule Nesterov's, 0.95.
         point_decay: decay of the point towards the origin, p ← (1 − η·point_decay) ⊗ p; 0, for the spectral rule
             in the ball 0.02.
 
     Raises:
         ValueError: an option out of range; nothing to select; weights that are not floating, finite, initialized, or
-            that are parametrized already; a wrapped or sharded model. The message names each layer; nothing was
-            changed.
+            that are parametrized already; a sharded model, or one in DDP with ``mode="parametrize"``. The message names
+            each layer; nothing was changed.
         TypeError: not a module, or an option that is not a number.
 
     Warns:

@@ -9,16 +9,16 @@ r"""How a point moves, given its gradient g = ∂L/∂p and its learning rate η
   filters share outruns the others (:mod:`hbnn_plugin.spectral`). With ``relative=True`` by about ηs.
 * ``fixed``: not at all.
 
-η = point_lr · lrᵖ, lr the weight's learning rate and p ``point_lr_power``: 1, and ¾ for spectral points, whose steps
-shrink with lr alone and not with their gradient too. At ½ they are still restless at the end of training, where the
-host's gradient does not vanish (ReCU), at 1 they have come to rest before the weights have (README, "Does it help?").
+η is point_lr · lr ** point_lr_power, lr the weight's learning rate. The power is 1, for spectral points ¾: their steps
+shrink with η alone, a weight's with its gradient too. At ½ they are still restless at the end of training on a host
+whose gradients do not vanish (ReCU), at 1 they gain less (README, "Beyond the paper").
 
-Under an optimizer of Adam's kind (its group has ``betas`` or ``eps``) the weights move by about η a coordinate however
-large their gradient is. For the first two rules g is then divided by the running root mean square of its coordinates,
-one number a point, with the group's own β₂ (or ``alpha``, ``rho``; else .999) and eps, so that the point's coordinates
-move by about η too; ``mobius`` is then p ← p ⊕ (−ηg), since a g of norm √n lies outside the domain of ⊗. For spectral
-points, O is multiplied by √n, n the longer side of the matrix, with p = 1: their coordinates move by about η, in steps
-of a fixed length like the weights'.
+Under an optimizer of Adam's kind (its group has ``betas``, or ``eps`` and one of :data:`_SQUARES`) the weights move by
+about lr a coordinate however large their gradient is. For the first two rules g is then divided by the running root
+mean square of its coordinates, one number a point, with the group's own β₂ (or ``alpha``, ``rho``; else .999) and eps,
+so that the point's coordinates move by about η too; ``mobius`` is then p ← p ⊕ (−ηg), since a g of norm √n lies outside
+the domain of ⊗. Spectral points take steps of a fixed length as the weights do: η is then point_lr · lr · √n, whatever
+point_lr_power says, with √n such that their coordinates move by about point_lr · lr.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .cluster import EPC
 from .epc import mobius_scale
 from .passes import combine, inner
 from .recovery import Recovered, radii_of
-from .spectral import orthogonal_factors
+from .spectral import longer_side, orthogonal_factors
 
 __all__ = ["Move", "move", "point_rate"]
 
@@ -45,6 +45,9 @@ __all__ = ["Move", "move", "point_rate"]
 _MANIFOLDS = {"ball": geoopt.PoincareBallExact, "sphere": geoopt.SphereExact}
 _ADAM_BETAS = (0.9, 0.999)
 _ADAM_EPS = 1e-8
+_SQUARES = ("alpha", "rho", "lr_decay", "beta2_decay")
+"""What a group without ``betas`` has beside ``eps`` if its optimizer divides by running squares: torch's RMSprop,
+Adadelta, Adagrad and Adafactor."""
 
 
 class Move(NamedTuple):
@@ -80,16 +83,18 @@ class _Direction(NamedTuple):
 def point_rate(epc: EPC, group: Mapping[str, Any]) -> float | Tensor:
     """η of a point whose weight is in this parameter group, which has an ``lr``."""
     lr: float | Tensor = group["lr"]
-    factor = group.get("point_lr", epc.settings.point_lr)
+    factor: float = group.get("point_lr", epc.settings.point_lr)
     if epc.settings.rule == "spectral" and _adaptive(group):
         coordinates = math.prod(epc.point.shape[d] for d in _coordinates(epc))
-        return lr * factor * math.sqrt(max(coordinates, epc.point.numel() // coordinates))  # type: ignore[no-any-return]
-    return lr**epc.settings.point_lr_power * factor  # type: ignore[no-any-return]
+        return lr * factor * math.sqrt(longer_side(epc.point.numel() // coordinates, coordinates))
+    # a schedule that ends at zero may end a rounding below
+    power = epc.settings.point_lr_power
+    return factor * (lr.sign() * lr.abs() ** power if isinstance(lr, Tensor) else math.copysign(abs(lr) ** power, lr))
 
 
 def _adaptive(group: Mapping[str, Any]) -> bool:
     """Whether its optimizer is of Adam's kind."""
-    return "betas" in group or "eps" in group
+    return "betas" in group or ("eps" in group and not group.keys().isdisjoint(_SQUARES))
 
 
 @torch.no_grad()

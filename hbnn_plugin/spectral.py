@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["orthogonal_factor", "orthogonal_factors"]
+__all__ = ["longer_side", "orthogonal_factor", "orthogonal_factors"]
 
 _STEPS = 5
 _POLYNOMIAL = (3.4445, -4.7750, 2.0315)
@@ -51,9 +51,18 @@ def orthogonal_factor(matrix: Tensor) -> Tensor:
     return result
 
 
+def _blocks(rows: int, columns: int) -> int:
+    return math.ceil(rows / _BLOCK) if min(rows, columns) > _BLOCK else 1
+
+
+def longer_side(rows: int, columns: int) -> int:
+    """n of :func:`orthogonal_factors`, whose entries have the root mean square 1/√n."""
+    return columns if _blocks(rows, columns) > 1 else max(rows, columns)
+
+
 def orthogonal_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
     """The factor of each matrix, in blocks of rows where it is large; blocks of one shape are worked out together."""
-    counts = [math.ceil(len(matrix) / _BLOCK) if min(matrix.shape) > _BLOCK else 1 for matrix in matrices]
+    counts = [_blocks(*matrix.shape) for matrix in matrices]
     blocks = [matrix.tensor_split(count) for matrix, count in zip(matrices, counts)]
     alike: dict[object, list[tuple[int, int]]] = defaultdict(list)
     for i, parts in enumerate(blocks):

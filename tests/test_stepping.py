@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import ASGD, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 import hbnn_plugin
 from hbnn_plugin.recovery import recover
@@ -290,6 +290,46 @@ def test_a_points_rate_goes_with_a_power_of_its_weights(rule: str, mode: str) ->
     for name in BINARY_LAYERS:
         assert points(root)[name].any()
         torch.testing.assert_close(points(root)[name], points(linear)[name], rtol=1e-12, atol=1e-15)
+
+
+@each_mode
+@pytest.mark.parametrize("rule", ["mobius", "spectral"])
+@pytest.mark.parametrize("lr", [-3e-18, torch.tensor(-3e-18)])
+def test_a_schedule_that_ends_a_rounding_below_zero(lr: float | torch.Tensor, rule: str, mode: str) -> None:
+    net = applied(rule=rule, mode=mode)
+    train(net, SGD(net.parameters(), lr=0.1), 1)
+    before = points(net)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = lr
+    train(net, optimizer, 1)
+    for name, point in points(net).items():
+        torch.testing.assert_close(point, before[name], rtol=0, atol=1e-9)
+
+
+@each_mode
+@pytest.mark.parametrize(("optimizer_class", "kind"), [(RMSprop, True), (Adagrad, True), (ASGD, False), (SGD, False)])
+def test_which_optimizers_are_of_adams_kind(optimizer_class: type[Optimizer], kind: bool, mode: str) -> None:
+    net = applied(rule="spectral", point_lr=1.0, mode=mode)
+    optimizer = optimizer_class(net.parameters(), lr=1e-8)
+    loss_of(net, 0).backward()
+    optimizer.step()
+    for point in points(net).values():
+        rate = float(point.square().mean().sqrt()) / 1e-8
+        assert (0.5 < rate < 1.5) == kind, rate
+
+
+@each_mode
+@pytest.mark.parametrize("shape", [(300, 140), (140, 300), (300, 300), (300, 20)])
+def test_under_adam_the_points_of_large_layers_move_by_about_the_rate(shape: tuple[int, int], mode: str) -> None:
+    torch.manual_seed(0)
+    outputs, inputs = shape
+    layer = IrConv(inputs, outputs, 1)
+    hbnn_plugin.apply(layer, where=hbnn_plugin.by_class(IrConv), rule="spectral", point_lr=1.0, mode=mode)
+    optimizer = Adam(layer.parameters(), lr=1e-3)
+    layer(torch.randn(64, inputs, 3, 3)).square().mean().backward()
+    optimizer.step()
+    (point,) = points(layer).values()
+    assert 0.5 < float(point.square().mean().sqrt()) / 1e-3 < 1.3
 
 
 @each_mode
