@@ -173,7 +173,7 @@ class _Exp(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see how the scalars arise
             pp, vv, pv = _gram(p, v, dims, exact=True)
             k = ctx.space.exp_slopes(pp, vv, pv, ctx.r)
-        else:
+        elif not torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched cannot write into memory
             spare = torch.empty_like(v)  # becomes a gradient in the end
         ab = inner(grad, p, dims, scratch=spare), inner(grad, v, dims, scratch=spare)
         grad_p = grad_v = None

@@ -59,6 +59,8 @@ def _square(x: Tensor, dims: Dims, wide: torch.dtype) -> Tensor:
 
 _LARGE = 2**18
 """From so many numbers on, what a call of torch.sparse costs is less than a second reading of the product."""
+_LONG = 2**16
+"""A row is summed from its beginning to its end: of so many numbers with too few digits."""
 
 
 def _in_rows(x: Tensor, y: Tensor, dims: Dims) -> bool:
@@ -66,7 +68,7 @@ def _in_rows(x: Tensor, y: Tensor, dims: Dims) -> bool:
     covers part of a row."""
     return (
         x.is_cpu
-        and x.numel() >= _LARGE
+        and _LARGE <= x.numel() < _LONG * len(x)
         and {d % x.ndim for d in dims} >= set(range(1, x.ndim))
         and (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
         and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
@@ -79,7 +81,8 @@ def _products_of_rows(x: Tensor, y: Tensor) -> Tensor:
 
     torch's one kernel on a CPU that multiplies and sums without a temporary is that for entries of a matrix product.
     """
-    one, other = (t.as_strided((len(t), t.stride(0)), (t.stride(0), 1)) for t in (x, y))
+    length = x.numel() // len(x)
+    one, other = (t.as_strided((len(t), length), (length, 1)) for t in (x, y))
     products: Tensor = torch.sparse.sampled_addmm(_diagonal(len(x), x.dtype), one, other.mT, beta=0.0)
     return products.values()
 

@@ -56,6 +56,18 @@ def test_half_precision_is_float32_inside(dtype: torch.dtype) -> None:
         assert exp_map(p, v.float(), 0.05).dtype == torch.float32
 
 
+@pytest.mark.parametrize("size", [5, 4096])
+def test_gradients_of_a_batch_of_upstream_gradients(size: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    p, v = (0.01 * torch.randn(2, 70, size, generator=generator)).unbind()
+    v.requires_grad_()
+    x = exp_map(p, v, 0.05)
+    upstream = torch.randn(3, *v.shape, generator=generator)
+    (together,) = torch.autograd.grad(x, v, upstream, is_grads_batched=True, retain_graph=True)
+    for one, g in zip(together, upstream, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(x, v, g, retain_graph=True)[0], rtol=1e-5, atol=1e-7)
+
+
 def test_float32_loses_nothing_against_float64() -> None:
     """1e-5 relative, gradients included, for a whole layer in one point and for one point a filter."""
     generator = torch.Generator().manual_seed(4)

@@ -45,6 +45,18 @@ def test_large_tensors_alike_in_memory_are_read_once(monkeypatch: pytest.MonkeyP
     assert rows == [SHAPE[0]] * 4  # a point per filter and per layer, in either layout
 
 
+def test_a_single_row_is_read_to_its_end_and_no_further() -> None:
+    x, y = torch.randn(2, 1, 2 * passes._LARGE)[..., : passes._LARGE]
+    found = passes.inner(x, y, (1,), scratch=torch.empty_like(x))
+    torch.testing.assert_close(found, (x.double() * y.double()).sum(1, keepdim=True), rtol=0, atol=1e-2)
+
+
+def test_long_rows_keep_their_digits() -> None:
+    x, y = torch.rand(2, 8, 2**18)
+    found = passes.inner(x, y, (1,), scratch=torch.empty_like(x))
+    torch.testing.assert_close(found, (x.double() * y.double()).sum(1, keepdim=True), rtol=1e-6, atol=0)
+
+
 def test_no_warning_about_sparse_tensors_reaches_the_user() -> None:
     passes._diagonal.cache_clear()
     with warnings.catch_warnings():
