@@ -12,7 +12,8 @@ from hbnn_plugin.spectral import orthogonal_factors
 __all__ = ["Muon"]
 
 MOMENTUM, RATE, DECAY = 0.95, 0.1, 0.02
-"""As the points of ``hbnn_plugin.apply(rule="spectral")``: Nesterov's momentum, multiple of √lr, decay per rate."""
+"""As the points of ``apply(rule="spectral", point_lr=0.1, point_lr_power=0.5)``, the arms "√lr" of ``reproduce.py``:
+Nesterov's momentum, multiple of √lr, decay per rate."""
 
 
 class Muon(torch.optim.SGD):

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node 8 examples/reproduce.py table5 --preset paper --archs resnet18_imagenet --data DIR
 
 Experiments: table1 (radius), table2 (1/1 and 1/32 networks), table5 (on top of existing methods), fig3 (flips), fig4
-(curves), fig5 (loss surfaces); ablation (what the default rule gains by) and search (a default among the choices that
+(curves), fig5 (loss surfaces); ablation (what spectral points gain by) and search (a default among the choices that
 the paper leaves open). They share their runs: what one has finished, another reads. Runs take up where they stopped, on
 any machine that has the lines and, for the unfinished ones, the checkpoints.
 """

@@ -35,8 +35,8 @@ CLUSTER_OPTIONS = {
     "rule": (str, "how points move: mobius, riemannian, riemannian-adam, spectral or fixed"),
     "order": (str, "simultaneous or alternating steps of points and weights"),
     "start": (float, "where points start: 0 at the origin, 1 at the weight"),
-    "point_lr": (float, "the points' learning rate as a multiple of the weights'"),
-    "point_lr_power": (float, "the power of the weights' learning rate that it goes with"),
+    "point_lr": (float, "the points' learning rate, as a multiple of a power of the weights'"),
+    "point_lr_power": (float, "that power"),
     "point_momentum": (float, "momentum of the points"),
     "point_decay": (float, "decay of the points"),
 }

@@ -73,8 +73,10 @@ ARMS: dict[str, Arm] = {
 """By name; options are spelled out so that a change of the library's defaults changes no arm.
 
 "Euclidean" is x = v + p, the point as a second copy of the weights without curvature. "spectral" goes beyond the paper
-and is the library's default; "√lr" was, with points whose rate goes with the root of the learning rate. Its control is
-"bare, Muon": the same directions, momentum, rate and decay on the host's own weights.
+and is the library's default; "√lr" was the default before, with points whose rate goes with the root of the learning
+rate. The new one's power and rate were chosen by two more runs a host at the old one's tuned learning rate and decay
+(arms "p = 1" and "p = 3/4" among the lines); these were kept. "bare, Muon" is the control of "√lr": the same
+directions, momentum, rate and decay on the host's own weights.
 """
 
 SEARCHED = (

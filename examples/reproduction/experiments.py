@@ -42,13 +42,11 @@ class Experiment:
     def study(self, preset: Preset, cases: Sequence[Case], arms: Sequence[str] = (), seeds: int = 0) -> Study:
         """Its arms, tuned and then on fresh seeds; by default all arms and its own or the preset's seeds.
 
-        Raises ValueError without the arm whose tuned settings another takes.
+        Raises ValueError for an ablation without the arm that it is of.
         """
         chosen = {arm: ARMS[arm] for arm in arms or self.arms}
-        for name, arm in chosen.items():
-            tuned = self.ablated or arm.tuned_as
-            if tuned and tuned not in chosen:
-                raise ValueError(f"the arms have to contain {tuned!r}, as which {name!r} is tuned")
+        if self.ablated and self.ablated not in chosen:
+            raise ValueError(f"the arms of this ablation have to contain {self.ablated!r}")
         return Study(cases, chosen, seeds or self.seeds or preset.seeds, preset.compiled, self.ablated)
 
     def search(self, preset: Preset, cases: Sequence[Case], arms: Sequence[str] = ()) -> Search:

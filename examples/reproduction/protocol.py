@@ -5,7 +5,7 @@ held-out training images; the whole grid at a short schedule first, then its bes
 with the winner then train on all training images and are read on the test set, after the last epoch.
 
 An ablation asks what a part of one arm does, all else equal: every arm trains with what the tuning chose for that one.
-So does an arm that is another one's successor (``Arm.tuned_as``), which can only cost it something.
+So does an arm that is another one's successor (``Arm.tuned_as``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from reproduction.arms import BARE
+from reproduction.arms import ARMS, BARE
 from reproduction.runs import Run, Split, key_of
 from training import Recipe
 
@@ -82,8 +82,8 @@ class Study:
 
     @property
     def tuned_pairs(self) -> list[tuple[Case, str]]:
-        """Those that are tuned."""
-        return [(case, arm) for case, arm in self.pairs if self.tuned_as(arm) == arm]
+        """Those that are tuned; among them may be arms that are not compared."""
+        return [(case, arm) for arm in dict.fromkeys(map(self.tuned_as, self.arms)) for case in self.cases]
 
     def tuned_as(self, arm: str) -> str:
         """The arm whose learning rate and weight decay this one takes: as a rule, itself."""
@@ -97,7 +97,7 @@ class Study:
     def run(self, case: Case, arm: str, lr: float, decay: float, epochs: int, seed: int, split: Split) -> Run:
         """One run of this study."""
         task = case.task
-        chosen = self.arms[arm]
+        chosen = self.arms.get(arm) or ARMS[arm]
         recipe = Recipe(epochs, task.batch_size, lr, weight_decay=decay, seed=seed, optimizer=chosen.optimizer)
         return Run(
             case.host,

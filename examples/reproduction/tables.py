@@ -104,7 +104,8 @@ def tuning_table(study: Study, lines: Lines) -> str:
 
 
 def _tuning(study: Study, case: Case, lines: Lines) -> str:
-    arms = [arm for arm in study.arms if any(run in lines for run in study.grid(case, arm))]
+    tuned = [arm for of, arm in study.tuned_pairs if of == case]
+    arms = [arm for arm in tuned if any(run in lines for run in study.grid(case, arm))]
     rows = [_line([f"{case}: lr, decay", *arms]), "|---|" + "---|" * len(arms)]
     for lr, decay in case.task.grid:
         cells = [_tuned(study, case, arm, (lr, decay), lines) for arm in arms]
