@@ -35,7 +35,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], where: Predicate
         model: applied, in either mode, fused, or never applied; on any device.
         path: of the file; conventionally it ends in ``.safetensors``.
         where: predicate ``(module, qualified_name) -> bool`` that names the binary layers; for the default see
-            :func:`hbnn_plugin.export.capture.binary_weights`.
+            :func:`hbnn_plugin.capture.binary_weights`.
 
     Raises:
         TypeError: ``model`` is no module.
