@@ -47,10 +47,12 @@ _OPEN: dict[str, Options] = {
 """One choice at a time away from the literal reading."""
 
 _TABLE1 = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
-_RADII: dict[str, Options] = {
-    **{f"HBNN, r = {r:g}": {**_LITERAL, "radius": r} for r in _TABLE1},
-    **{f"SBNN, r = {r:g}": {**_SPHERE, "radius": r} for r in _TABLE1},
+_RADII = {
+    f"{name}, r = {r:g}": Arm({**options, "radius": r}, tuned_as=name)
+    for name, options in (("HBNN", _LITERAL), ("SBNN", _SPHERE))
+    for r in _TABLE1
 }
+"""The paper trains all of them alike."""
 
 _APPLIED: dict[str, Options] = {
     "fixed point": {**_LITERAL, "rule": "fixed", "start": 0.5},
@@ -60,7 +62,6 @@ _APPLIED: dict[str, Options] = {
     "HBNN, spectral, √lr": _ROOT,
     "Euclidean, spectral, √lr": {**_ROOT, "radius": _FLAT},
     **_OPEN,
-    **_RADII,
 }
 
 ARMS: dict[str, Arm] = {
@@ -68,6 +69,7 @@ ARMS: dict[str, Arm] = {
     "bare, Muon": Arm(optimizer="muon"),
     **{name: Arm(options) for name, options in _APPLIED.items()},
     "HBNN, spectral": Arm(_DEFAULT, tuned_as="HBNN, spectral, √lr"),
+    **_RADII,
     "Euclidean, spectral": Arm({**_DEFAULT, "radius": _FLAT}, tuned_as="HBNN, spectral, √lr"),
 }
 """By name; options are spelled out so that a change of the library's defaults changes no arm.
