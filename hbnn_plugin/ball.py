@@ -77,32 +77,34 @@ def exp(pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> tuple[Tensor, Tensor]:
 def exp_slopes(pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> Slopes:
     """α and β of :func:`exp` and their partial derivatives by P = ⟨p,p⟩, V = ⟨v,v⟩ and Q = ⟨p,v⟩."""
     q = _cauchy_schwarz(pv, pp, vv)
-    b = _room(pp, r)
-    y = r * vv / b**2
+    b, rp = _room(pp, r), r * pp
+    e = r / b
+    c = e / b  # few operations: on one number a filter they cost as much as a pass over a small layer
+    y = c * vv
     t, s, w = _tanh_ratio(y)
     theta_squared = y * t * t
-    u = t / b
-    d = 1 + 2 * r * u * q + r * pp * theta_squared
+    et, st = e * t, s * t
+    d = 1 + 2 * et * q + rp * theta_squared
     # by V
-    t_v = -w * r / (2 * b**2)
-    k_v = s * t * r / b**2
-    d_v = 2 * r * q * t_v / b + r * pp * k_v
+    t_v = -0.5 * w * c
+    k_v = st * c
+    d_v = 2 * e * q * t_v + rp * k_v
     # by P
-    t_p = r * (s - t) / b
-    k_p = 2 * s * t * y * r / b
-    d_p = 2 * r * q * (r * s / b**2) + r * theta_squared + r * pp * k_p
+    t_p = e * (s - t)
+    k_p = 2 * e * st * y
+    d_p = 2 * r * q * c * s + r * theta_squared + rp * k_p
     # by Q
-    d_q = 2 * r * u
-    d_squared = d * d
+    d_q = 2 * et
+    more, beta, per_d = b * theta_squared / d, t / d, 1 / d  # α − 1 and β
     return Slopes(
-        alpha=1 + b * theta_squared / d,
-        beta=t / d,
-        alpha_p=((b * k_p - r * theta_squared) * d - b * theta_squared * d_p) / d_squared,
-        alpha_v=b * (k_v * d - theta_squared * d_v) / d_squared,
-        alpha_q=-b * theta_squared * d_q / d_squared,
-        beta_p=(t_p * d - t * d_p) / d_squared,
-        beta_v=(t_v * d - t * d_v) / d_squared,
-        beta_q=-t * d_q / d_squared,
+        alpha=1 + more,
+        beta=beta,
+        alpha_p=(b * k_p - r * theta_squared - more * d_p) * per_d,
+        alpha_v=(b * k_v - more * d_v) * per_d,
+        alpha_q=-more * d_q * per_d,
+        beta_p=(t_p - beta * d_p) * per_d,
+        beta_v=(t_v - beta * d_v) * per_d,
+        beta_q=-beta * d_q * per_d,
     )
 
 

@@ -94,7 +94,8 @@ def _prepare_alike(maps: Sequence[Map], out: Sequence[Tensor]) -> list[Prepared]
     if out[0].is_cpu:  # a CPU looks whether care is needed; elsewhere looking would cost a synchronisation
         grams = [_gram(m.point, m.latent, m.dims, scratch=memory) for m, memory in zip(maps, out)]
         tamings = [torch.ones_like(g[0]) for g in grams]
-        easy = (_joined(grams).abs() < 1e200).all(0) & ~maps[0].space.delicate(_joined(grams)[0], _radii(maps, grams))
+        together = _joined(grams)
+        easy = (together.abs() < 1e200).all(0) & ~maps[0].space.delicate(together[0], _radii(maps, grams))
         careful = [not bool(part.all()) for part in easy.split([t.numel() for t in tamings])]
     for i, m in enumerate(maps):
         if careful[i]:

@@ -16,13 +16,18 @@ ROOT = Path(__file__).parent.parent
 TESTS = ("tests/test_map.py", "tests/test_map_torch.py")
 
 MUTATIONS = [
-    ("ball.py", "alpha=1 + b * theta_squared / d,", "alpha=1 + theta_squared / d,", "forward: B left out of α"),
-    ("ball.py", "beta_q=-t * d_q / d_squared,", "beta_q=t * d_q / d_squared,", "backward: sign of ∂β/∂Q"),
-    ("ball.py", "k_v = s * t * r / b**2", "k_v = t * t * r / b**2", "backward: slope of tanh² near the edge"),
+    (
+        "ball.py",
+        "more, beta, per_d = b * theta_squared / d,",
+        "more, beta, per_d = theta_squared / d,",
+        "forward: B left out of α",
+    ),
+    ("ball.py", "beta_q=-beta * d_q * per_d,", "beta_q=beta * d_q * per_d,", "backward: sign of ∂β/∂Q"),
+    ("ball.py", "k_v = st * c", "k_v = t * t * c", "backward: slope of tanh² near the edge"),
     ("ball.py", "series_w = 2 / 3 +", "series_w = 1 / 3 +", "backward: the series near v = 0"),
     ("ball.py", "return -room_p * ratio", "return room_p * ratio", "inverse: sign of p's coefficient"),
     ("sphere.py", "alpha=cos - s * rq,", "alpha=cos + s * rq,", "sphere: v's radial part added, not removed"),
-    ("epc.py", "own = 2 * (a * k.alpha_v", "own = (a * k.alpha_v", "backward: a factor 2"),
+    ("epc.py", "own, cross = 2 * (a * k.alpha_v", "own, cross = (a * k.alpha_v", "backward: a factor 2"),
     ("epc.py", "else torch.float32\n", "else dtype\n", "half precision inside"),
 ]
 

@@ -40,8 +40,9 @@ def test_finite_with_finite_gradients_for_whatever_the_dtype_can_hold(
             grad_p, grad_v = torch.autograd.grad(x.to(working).sum(), (p, v))
             assert grad_p.isfinite().all() and grad_v.isfinite().all(), (magnitude, sign, grad_p, grad_v)
             if space == "ball":
-                # with p at the margin and v straight through the origin, float32's rounding is 1e-4 of the radius
-                slack = 1e-12 if dtype == torch.float64 else 1e-3
+                # with p at the margin and v straight through the origin, float32's rounding is 1e-4 of the radius and
+                # float64's 1e-9
+                slack = 1e-8 if dtype == torch.float64 else 1e-3
                 assert float(x.detach().double().norm()) <= r**-0.5 * (1 + slack)
 
 
