@@ -28,7 +28,7 @@ MUTATIONS = [
     ("ball.py", "return -room_p * ratio", "return room_p * ratio", "inverse: sign of p's coefficient"),
     ("sphere.py", "alpha=cos - s * rq,", "alpha=cos + s * rq,", "sphere: v's radial part added, not removed"),
     ("epc.py", "own, cross = 2 * (a * k.alpha_v", "own, cross = (a * k.alpha_v", "backward: a factor 2"),
-    ("epc.py", "else torch.float32\n", "else dtype\n", "half precision inside"),
+    ("passes.py", "torch.float64) else torch.float32", "torch.float64) else dtype", "half precision inside"),
 ]
 
 
