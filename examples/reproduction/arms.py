@@ -69,8 +69,8 @@ ARMS: dict[str, Arm] = {
     "bare, Muon": Arm(optimizer="muon"),
     **{name: Arm(options) for name, options in _APPLIED.items()},
     "HBNN, spectral": Arm(_DEFAULT, tuned_as="HBNN, spectral, √lr"),
-    **_RADII,
     "Euclidean, spectral": Arm({**_DEFAULT, "radius": _FLAT}, tuned_as="HBNN, spectral, √lr"),
+    **_RADII,
 }
 """By name; options are spelled out so that a change of the library's defaults changes no arm.
 
