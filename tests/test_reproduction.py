@@ -74,6 +74,7 @@ def test_a_successor_takes_the_settings_of_its_predecessor_which_need_not_be_com
         done += [line(run, 1 - run.recipe.lr) for run in missing]
         assert left - s.epochs_left(Lines(done)) == sum(run.recipe.epochs for run in missing)
     assert {d["config"]["arm"] for d in done if d["config"]["split"] == "validation"} == {before}
+    assert s.tuned_as(Case(TASK, "plain"), arm) == arm  # no predecessor was tuned there
     (fresh,) = (d["config"] for d in done if d["config"]["split"] == "test")
     assert (fresh["arm"], fresh["options"], fresh["recipe"]["lr"]) == (arm, ARMS[arm].options, 0.1)
     assert s.epochs_left(Lines(done)) == 0

@@ -83,11 +83,16 @@ class Study:
     @property
     def tuned_pairs(self) -> list[tuple[Case, str]]:
         """Those that are tuned; among them may be arms that are not compared."""
-        return [(case, arm) for arm in dict.fromkeys(map(self.tuned_as, self.arms)) for case in self.cases]
+        return list(dict.fromkeys((case, self.tuned_as(case, arm)) for case, arm in self.pairs))
 
-    def tuned_as(self, arm: str) -> str:
+    def tuned_as(self, case: Case, arm: str) -> str:
         """The arm whose learning rate and weight decay this one takes: as a rule, itself."""
-        return self.ablated or self.arms[arm].tuned_as or arm
+        if self.ablated:
+            return self.ablated
+        chosen = self.arms[arm]
+        if chosen.tuned_as is None or (chosen.tuned_as_on is not None and case.host not in chosen.tuned_as_on):
+            return arm
+        return chosen.tuned_as
 
     @property
     def reference(self) -> str:
@@ -132,7 +137,7 @@ class Study:
 
     def tuned(self, case: Case, arm: str, lines: Lines) -> tuple[float, float] | None:
         """Learning rate and decay that won the tuning; None while it is unfinished."""
-        arm = self.tuned_as(arm)
+        arm = self.tuned_as(case, arm)
         if not self.grid(case, arm):
             return case.task.grid[0]
         finals = self.finals(case, arm, lines)

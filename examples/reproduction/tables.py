@@ -58,8 +58,8 @@ def _line(cells: Sequence[str]) -> str:
 def _cells(study: Study, case: Case, arm: str, lines: Lines) -> list[str]:
     best, found = study.tuned(case, arm, lines), accuracies(study, case, arm, lines)
     setting = f"{best[0]:g}, {best[1]:g}" if best else "not tuned yet"
-    if study.tuned_as(arm) not in (arm, study.ablated):
-        setting += f", as {study.tuned_as(arm)}"
+    if (tuned_as := study.tuned_as(case, arm)) not in (arm, study.ablated):
+        setting += f", as {tuned_as}"
     if not found:
         return [setting, *[""] * 9]
     spread = f" ± {statistics.stdev(found.values()):.2f}" if len(found) > 1 else ""
