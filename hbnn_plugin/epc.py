@@ -5,7 +5,7 @@ is left are passes over the weights (:mod:`hbnn_plugin.passes`), and this file i
 
 * forward: three inner products, one combination.
 * backward, with a = ⟨G,p⟩ and b = ⟨G,v⟩ for G = ∂L/∂x:
-  ∂L/∂v = βG + 2(a α_V + b β_V) v + (a α_Q + b β_Q) p, and likewise ∂L/∂p.
+  ∂L/∂v = βG + 2(a α_V + b β_V) v + (a α_Q + b β_Q) p and ∂L/∂p = αG + 2(a α_P + b β_P) p + (a α_Q + b β_Q) v.
 
 The scalars are float64 (they are one a point), the passes run in float32 or better, the result has the weight's dtype.
 In eager mode this is one autograd function; under ``torch.compile`` and ``torch.export`` it is the same formula in
@@ -14,6 +14,9 @@ plain torch ops, which those tools fuse themselves.
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,14 +24,16 @@ import torch
 from torch import Tensor
 
 from . import ball
-from .passes import Dims, combine, inner, working_dtype
-from .scalars import Radius, Slopes, Space
+from .joint_passes import combine_each, inner_products
+from .passes import Dims, combine, inner, largest, scalar_dtype, working_dtype
+from .scalars import Radius, Slopes, Space, side_by_side
 
 __all__ = [
     "Map",
     "Prepared",
     "exp_map",
     "exp_map_prepared",
+    "exp_maps",
     "log_map",
     "mobius_add",
     "mobius_scale",
@@ -46,21 +51,31 @@ class Map(NamedTuple):
     space: Space
     dims: Dims
 
+    @property
+    def scalar_shape(self) -> tuple[int, ...]:
+        """Of what is one number a point: size 1 in ``dims``."""
+        covered = {d % self.latent.ndim for d in self.dims}
+        return tuple(1 if d in covered else n for d, n in enumerate(self.latent.shape))
+
 
 class Prepared(NamedTuple):
     """What a map needs beside its vectors."""
 
     scalars: Tensor
-    """(9, ...), size 1 in the map's dims: the eight of :class:`Slopes`, and the taming of v."""
+    """(9, ...), size 1 in the map's dims: :func:`_table`, and the taming of v."""
     careful: bool
     """Whether v has to be tamed."""
     out: Tensor
     """Memory for the result."""
 
 
-def _gram(p: Tensor, v: Tensor, dims: Dims, *, exact: bool = False, scratch: Tensor | None = None) -> Tensor:
-    """⟨p,p⟩, ⟨v,v⟩ and ⟨p,v⟩, stacked."""
-    return torch.stack([inner(x, y, dims, exact=exact, scratch=scratch) for x, y in ((p, p), (v, v), (p, v))])
+_GRAM = ((0, 0), (1, 1), (0, 1))
+"""⟨p,p⟩, ⟨v,v⟩ and ⟨p,v⟩ of (p, v)."""
+
+
+def _gram(p: Tensor, v: Tensor, dims: Dims) -> list[Tensor]:
+    """The same three for tools that watch how they arise."""
+    return [inner(x, y, dims, exact=True) for x, y in ((p, p), (v, v), (p, v))]
 
 
 def _taming(v: Tensor, dims: Dims) -> Tensor:
@@ -69,79 +84,102 @@ def _taming(v: Tensor, dims: Dims) -> Tensor:
     Such a v lies so deep in the map's saturation that EPC(v) and EPC(t·v) are equal to the last digit.
     """
     limit = 1e15 if v.dtype == torch.float32 else 1e100
-    return (limit / v.detach().abs().amax(dims, keepdim=True)).clamp(max=1.0)
+    return (limit / largest(v.detach(), dims)).clamp(max=1.0)
 
 
 @torch.no_grad()
-def prepare(maps: Sequence[Map], out: Sequence[Tensor] | None = None) -> list[Prepared]:
-    """The scalars of several maps, worked out together as far as they share space and device.
-
-    ``out``: memory for their results, of the latents' shapes and dtypes; by default fresh.
-    """
-    alike: dict[tuple[int, torch.device], list[int]] = {}
-    for i, m in enumerate(maps):
-        alike.setdefault((id(m.space), m.latent.device), []).append(i)
+def prepare(maps: Sequence[Map]) -> list[Prepared]:
+    """The scalars of several maps, worked out together, and fresh memory for their results."""
     made: dict[int, Prepared] = {}
-    for members in alike.values():
-        memory = [torch.empty_like(maps[i].latent) if out is None else out[i] for i in members]
-        made |= zip(members, _prepare_alike([maps[i] for i in members], memory))
+    for members in _alike(maps):
+        together = [maps[i] for i in members]
+        out = [torch.empty_like(m.latent) for m in together]
+        scalars, careful = _scalars(together, out)
+        shapes = [m.scalar_shape for m in together]
+        parts = scalars.split([math.prod(shape) for shape in shapes], dim=1)
+        entries = zip((part.reshape(-1, *shape) for part, shape in zip(parts, shapes)), careful, out)
+        made.update(zip(members, (Prepared(*entry) for entry in entries)))
     return [made[i] for i in range(len(maps))]
 
 
-def _prepare_alike(maps: Sequence[Map], out: Sequence[Tensor]) -> list[Prepared]:
-    careful = [True] * len(maps)
-    grams, tamings = [torch.empty(0)] * len(maps), [torch.empty(0)] * len(maps)
-    if out[0].is_cpu:  # a CPU looks whether care is needed; elsewhere looking would cost a synchronisation
-        grams = [_gram(m.point, m.latent, m.dims, scratch=memory) for m, memory in zip(maps, out)]
-        tamings = [torch.ones_like(g[0]) for g in grams]
-        together = _joined(grams)
-        easy = (together.abs() < 1e200).all(0) & ~maps[0].space.delicate(together[0], _radii(maps, grams))
-        careful = [not bool(part.all()) for part in easy.split([t.numel() for t in tamings])]
-    for i, m in enumerate(maps):
-        if careful[i]:
-            taming = _taming(m.latent, m.dims)
-            grams[i] = _gram(m.point, m.latent * taming, m.dims, exact=True)
-            tamings[i] = taming.to(grams[i])
-    pp, vv, pv = _joined(grams)
-    slopes = maps[0].space.exp_slopes(pp, vv, pv, _radii(maps, grams))
-    scalars = torch.stack([*slopes, torch.cat([t.flatten() for t in tamings])])
-    parts = scalars.split([t.numel() for t in tamings], dim=1)
-    whole = [part.reshape(-1, *t.shape) for part, t in zip(parts, tamings)]
-    return [Prepared(*entry) for entry in zip(whole, careful, out)]
-
-
-def _joined(grams: Sequence[Tensor]) -> Tensor:
-    return torch.cat([g.flatten(1) for g in grams], dim=1)
-
-
-def _radii(maps: Sequence[Map], grams: Sequence[Tensor]) -> Tensor:
-    wide = [torch.as_tensor(m.radius, dtype=g.dtype, device=g.device) for m, g in zip(maps, grams)]
-    return torch.cat([radius.expand(g.shape[1:]).flatten() for radius, g in zip(wide, grams)])
+@torch.no_grad()
+def exp_maps(maps: Sequence[Map], out: Sequence[Tensor]) -> None:
+    """:func:`exp_map` of all maps together, into ``out``, of the latents' shapes and dtypes; nothing for autograd."""
+    for members in _alike(maps):
+        together, memory = [maps[i] for i in members], [out[i] for i in members]
+        scalars, careful = _scalars(together, memory)
+        shapes = [m.scalar_shape for m in together]
+        latents = _tamed(together, scalars, careful)
+        combine_each(scalars[:2], [(m.point, v) for m, v in zip(together, latents)], shapes, memory)
 
 
 @torch.no_grad()
-def pull_back(of: Map, prepared: Prepared, upstream: Tensor) -> Tensor:
-    """∂L/∂v for ∂L/∂x, of a map that :func:`prepare` was called for; in its memory."""
-    *slopes, taming = prepared.scalars.unbind()
-    v = of.latent * taming.to(of.latent.dtype) if prepared.careful else of.latent
-    a, b = (inner(upstream, x, of.dims, scratch=prepared.out) for x in (of.point, v))
-    return _latent_gradient(Slopes(*slopes), taming, (a, b), (upstream, v, of.point), prepared.out)
+def pull_back(maps: Sequence[Map], upstreams: Sequence[Tensor]) -> list[Tensor]:
+    """∂L/∂v of each map for ∂L/∂x, all maps together; nothing for autograd."""
+    pulled = [torch.empty_like(m.latent) for m in maps]
+    for members in _alike(maps):
+        together, memory = [maps[i] for i in members], [pulled[i] for i in members]
+        scalars, careful = _scalars(together, memory)
+        vectors = [(upstreams[i], v, m.point) for i, m, v in zip(members, together, _tamed(together, scalars, careful))]
+        b, a = inner_products(vectors, ((0, 1), (0, 2)), [m.dims for m in together], scratch=memory)
+        _, own, cross = _slopes(scalars, a, b)
+        coefficients = scalars[8] * torch.stack([scalars[1], own, cross])
+        combine_each(coefficients, vectors, [m.scalar_shape for m in together], memory)
+    return pulled
 
 
-def _latent_gradient(
-    k: Slopes, taming: Tensor, ab: tuple[Tensor, Tensor], vectors: tuple[Tensor, ...], out: Tensor | None
-) -> Tensor:
-    """βG + 2(a α_V + b β_V) v + (a α_Q + b β_Q) p, for the vectors G, v and p."""
-    a, b = ab
-    own, cross = 2 * (a * k.alpha_v + b * k.beta_v), a * k.alpha_q + b * k.beta_q
-    return combine((taming * k.beta, taming * own, taming * cross), vectors, out=out)
+def _alike(maps: Sequence[Map]) -> list[list[int]]:
+    """The maps that share space, device and dtype."""
+    found: dict[object, list[int]] = defaultdict(list)
+    for i, m in enumerate(maps):
+        found[id(m.space), m.latent.device, m.latent.dtype].append(i)
+    return list(found.values())
 
 
-def _point_gradient(k: Slopes, ab: tuple[Tensor, Tensor], vectors: tuple[Tensor, ...], out: Tensor | None) -> Tensor:
-    """αG + 2(a α_P + b β_P) p + (a α_Q + b β_Q) v, for the vectors G, p and v."""
-    a, b = ab
-    own, cross = 2 * (a * k.alpha_p + b * k.beta_p), a * k.alpha_q + b * k.beta_q
-    return combine((k.alpha, own, cross), vectors, out=out)
+def _scalars(maps: Sequence[Map], scratch: Sequence[Tensor]) -> tuple[Tensor, list[bool]]:
+    """(9, points), the maps' points side by side: :func:`_table`, and v's taming; and whose v has to be tamed."""
+    space, shapes = maps[0].space, [m.scalar_shape for m in maps]
+    sizes = [math.prod(shape) for shape in shapes]
+    wide = scalar_dtype(maps[0].latent.device)
+    gram = torch.empty(3, sum(sizes), dtype=wide, device=maps[0].latent.device)
+    radii = side_by_side([m.radius for m in maps], shapes, gram)
+    taming = torch.ones_like(gram[0])
+    careful = [True] * len(maps)
+    if gram.is_cpu:  # a CPU looks whether care is needed; elsewhere looking would cost a synchronisation
+        gram = inner_products([(m.point, m.latent) for m in maps], _GRAM, [m.dims for m in maps], scratch=scratch)
+        easy = (gram.abs() < 1e200).all(0) & ~space.delicate(gram[0], radii)
+        careful = [False] * len(maps) if bool(easy.all()) else [not bool(part.all()) for part in easy.split(sizes)]
+    hard = [i for i, care in enumerate(careful) if care]
+    if hard:
+        tame = [_taming(maps[i].latent, maps[i].dims) for i in hard]
+        tamed = [(maps[i].point, maps[i].latent * t) for i, t in zip(hard, tame)]
+        exact = inner_products(tamed, _GRAM, [maps[i].dims for i in hard], exact=True)
+        grams, tamings = list(gram.split(sizes, dim=1)), list(taming.split(sizes))
+        for i, t, part in zip(hard, tame, exact.split([sizes[i] for i in hard], dim=1)):
+            grams[i], tamings[i] = part, t.flatten().to(wide)
+        gram, taming = torch.cat(grams, dim=1), torch.cat(tamings)
+    pp, vv, pv = gram
+    return torch.cat([_table(space.exp_slopes(pp, vv, pv, radii)), taming[None]]), careful
+
+
+def _tamed(maps: Sequence[Map], scalars: Tensor, careful: Sequence[bool]) -> list[Tensor]:
+    """The maps' v."""
+    shapes = [m.scalar_shape for m in maps]
+    taming = scalars[8].split([math.prod(shape) for shape in shapes])
+    return [
+        m.latent * t.reshape(shape).to(m.latent.dtype) if care else m.latent
+        for m, t, shape, care in zip(maps, taming, shapes, careful)
+    ]
+
+
+def _table(k: Slopes) -> Tensor:
+    """α and β; then what a = ⟨G,p⟩, and what b = ⟨G,v⟩, adds to three coefficients: see :func:`_slopes`."""
+    return torch.stack([k.alpha, k.beta, 2 * k.alpha_p, 2 * k.alpha_v, k.alpha_q, 2 * k.beta_p, 2 * k.beta_v, k.beta_q])
+
+
+def _slopes(table: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The coefficients of p in ∂L/∂p, of v in ∂L/∂v, and of the other vector in both."""
+    return torch.addcmul(a * table[2:5], b, table[5:8])
 
 
 class _Exp(torch.autograd.Function):
@@ -154,7 +192,7 @@ class _Exp(torch.autograd.Function):
         scalars, careful, out = prepared or prepare([Map(p, v, r, space, dims)])[0]
         if careful:
             v = v * scalars[8].to(v.dtype)
-        return combine(scalars[:2].unbind(), (p, v), out=out), scalars, careful
+        return combine(scalars[:2].to(v.dtype).unbind(), (p, v), out=out), scalars, careful
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, bool]) -> None:
@@ -166,22 +204,24 @@ class _Exp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         p, v, scalars = ctx.saved_tensors
-        dims, (*slopes, taming) = ctx.dims, scalars.unbind()
+        dims, table, taming = ctx.dims, scalars[:8], scalars[8]
         if ctx.careful:
             v = v * taming.to(v.dtype)
-        k = Slopes(*slopes)
         spare = None
         if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see how the scalars arise
-            pp, vv, pv = _gram(p, v, dims, exact=True)
-            k = ctx.space.exp_slopes(pp, vv, pv, ctx.r)
+            table = _table(ctx.space.exp_slopes(*_gram(p, v, dims), ctx.r))
         elif not torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched cannot write into memory
             spare = torch.empty_like(v)  # becomes a gradient in the end
-        ab = inner(grad, p, dims, scratch=spare), inner(grad, v, dims, scratch=spare)
+        a, b = inner(grad, p, dims, scratch=spare), inner(grad, v, dims, scratch=spare)
+        own_p, own_v, cross = _slopes(table, a, b)
         grad_p = grad_v = None
         if ctx.needs_input_grad[1]:
-            grad_v, spare = _latent_gradient(k, taming, ab, (grad, v, p), spare), None
+            coefficients = torch.stack([table[1], own_v, cross])
+            if ctx.careful:
+                coefficients = coefficients * taming
+            grad_v, spare = combine(coefficients.to(v.dtype).unbind(), (grad, v, p), out=spare), None
         if ctx.needs_input_grad[0]:
-            grad_p = _point_gradient(k, ab, (grad, p, v), spare)
+            grad_p = combine((table[0], own_p, cross), (grad, p, v), out=spare)
         return grad_p, grad_v, None, None, None, None
 
     @staticmethod
@@ -200,10 +240,14 @@ class _Exp(torch.autograd.Function):
         return _Exp.apply(p, v, None, r, space, shifted), (0, 1, None)  # type: ignore[no-untyped-call]
 
 
+# torch asks for it in every call, and would work it out anew
+_Exp.forward.__signature__ = inspect.signature(_Exp.forward)  # type: ignore[attr-defined]
+
+
 def _exp_plain(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Tensor:
     """The same map in plain torch ops, for tools that trace."""
     v = v * _taming(v, dims)
-    pp, vv, pv = _gram(p, v, dims, exact=True)  # exact costs nothing where the compiler fuses it
+    pp, vv, pv = _gram(p, v, dims)  # exact costs nothing where the compiler fuses it
     alpha, beta = space.exp(pp, vv, pv, r)
     return combine((alpha, beta), (p, v))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .cluster import EPC, INPLACE_SUFFIX
-from .epc import Map, exp_map_prepared, prepare, pull_back
+from .epc import Map, exp_maps, pull_back
 from .sharding import is_sharded, sharded_like, whole
 from .watching import StepWatch
 
@@ -188,10 +188,10 @@ def enter(clusters: Sequence[InPlace]) -> None:
         epc.honour_edits()
     moving = [(epc, grad) for epc in clusters if (grad := epc.parameter.grad) is not None]
     maps = [epc.map_of(epc.latent) for epc, _ in moving]
-    for (epc, upstream), of, prepared in zip(moving, maps, prepare(maps)):
-        g = epc.logical(whole(upstream)).to(of.latent.dtype)
-        pulled = pull_back(of, prepared, g).reshape(epc.latent.shape).to(upstream.dtype)
-        epc.upstream, epc.parameter.grad = upstream, sharded_like(pulled, upstream)
+    gradients = [epc.logical(whole(grad)).to(of.latent.dtype) for (epc, grad), of in zip(moving, maps)]
+    for (epc, upstream), pulled in zip(moving, pull_back(maps, gradients)):
+        latent_grad = pulled.reshape(epc.latent.shape).to(upstream.dtype)
+        epc.upstream, epc.parameter.grad = upstream, sharded_like(latent_grad, upstream)
     for epc in clusters:
         epc.parameter.copy_(sharded_like(epc.latent, epc.parameter))
         epc.swapped = True
@@ -204,9 +204,10 @@ def leave(clusters: Sequence[InPlace]) -> None:
     for epc in clusters:
         epc.latent.copy_(whole(epc.parameter))
     maps = [epc.map_of(epc.latent) for epc in clusters]
-    for epc, of, prepared in zip(clusters, maps, prepare(maps, [epc.memory(of) for epc, of in zip(clusters, maps)])):
+    memory = [epc.memory(of) for epc, of in zip(clusters, maps)]
+    exp_maps(maps, memory)
+    for epc, mapped in zip(clusters, memory):
         weight = epc.parameter
-        mapped = exp_map_prepared(of, prepared)
         if mapped.data_ptr() != weight.data_ptr():
             weight.copy_(sharded_like(mapped.reshape(epc.latent.shape).to(weight.dtype), weight))
         epc.written = epc.fingerprint()

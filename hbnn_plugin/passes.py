@@ -2,7 +2,8 @@
 
 Everything the plugin computes is inner products of weight-sized tensors (:func:`inner`) and linear combinations of
 them (:func:`combine`), with one scalar a point in between. A weight-sized temporary costs more than the arithmetic on
-it (its memory is fresh, page by page), so products go into the memory that will hold the result.
+it (its memory is fresh, page by page), so products go into the memory that will hold the result. Several layers'
+passes are made together by :mod:`hbnn_plugin.joint_passes`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["Dims", "combine", "inner", "scalar_dtype", "working_dtype"]
+__all__ = [
+    "Dims",
+    "combine",
+    "covers_rows",
+    "inner",
+    "largest",
+    "lie_alike",
+    "rows_of",
+    "scalar_dtype",
+    "working_dtype",
+]
 
 Dims = tuple[int, ...]
 """The dimensions of one point; the others count points."""
@@ -57,6 +68,11 @@ def _square(x: Tensor, dims: Dims, wide: torch.dtype) -> Tensor:
     return (norms * norms).sum(dims, keepdim=True)
 
 
+def largest(x: Tensor, dims: Dims) -> Tensor:
+    """max |x_i| over ``dims`` (kept with size 1), without a temporary; torch's norm for it is slow on a CPU."""
+    return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
+
+
 _LARGE = 2**18
 """From so many numbers on, what a call of torch.sparse costs is less than a second reading of the product."""
 _LONG = 2**16
@@ -69,11 +85,29 @@ def _in_rows(x: Tensor, y: Tensor, dims: Dims) -> bool:
     return (
         x.is_cpu
         and _LARGE <= x.numel() < _LONG * len(x)
-        and {d % x.ndim for d in dims} >= set(range(1, x.ndim))
-        and (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
-        and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
+        and covers_rows(dims, x.ndim)
+        and lie_alike((x, y))
         and all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, y))  # a fake one has no memory
     )
+
+
+def covers_rows(dims: Dims, ndim: int) -> bool:
+    """Whether no point covers part of a row (of the first dimension)."""
+    return {d % ndim for d in dims} >= set(range(1, ndim))
+
+
+def lie_alike(xs: Sequence[Tensor]) -> bool:
+    """Whether row after row (their first dimension), in the same order within each."""
+    x = xs[0]
+    return (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)) and all(
+        (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype) for y in xs[1:]
+    )
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """A matrix of its rows as they lie in memory."""
+    length = x.numel() // len(x)
+    return x.as_strided((len(x), length), (length, 1))
 
 
 def _products_of_rows(x: Tensor, y: Tensor) -> Tensor:
@@ -81,9 +115,7 @@ def _products_of_rows(x: Tensor, y: Tensor) -> Tensor:
 
     torch's one kernel on a CPU that multiplies and sums without a temporary is that for entries of a matrix product.
     """
-    length = x.numel() // len(x)
-    one, other = (t.as_strided((len(t), length), (length, 1)) for t in (x, y))
-    products: Tensor = torch.sparse.sampled_addmm(_diagonal(len(x), x.dtype), one, other.mT, beta=0.0)
+    products: Tensor = torch.sparse.sampled_addmm(_diagonal(len(x), x.dtype), rows_of(x), rows_of(y).mT, beta=0.0)
     return products.values()
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cluster import EPC
-from .passes import combine, inner
+from .joint_passes import combine_each, inner_products
+from .scalars import Radius, side_by_side
 from .sharding import whole
 
 __all__ = ["Recovered", "radii_of", "recover"]
@@ -32,17 +33,17 @@ class Recovered(NamedTuple):
     gradient: Tensor
     """g = ∂L/∂p (on the sphere its tangential part), of p's shape and dtype."""
     products: Tensor
-    """(3, ...), one number a point: ⟨p,p⟩, ⟨p,g⟩ and ⟨g,g⟩, which cost nothing here."""
+    """(3, points): ⟨p,p⟩, ⟨p,g⟩ and ⟨g,g⟩, which cost nothing here."""
     upstream: Tensor | None
     """G = ∂L/∂x, if asked for."""
     valid: Tensor
     """One bool a point."""
+    all_valid: bool
+    """Whether ``valid`` is known to be True everywhere; on a CPU, where asking costs no synchronisation."""
 
 
-def _gram(epc: EPC, v: Tensor, h: Tensor, scratch: Tensor) -> Tensor:
-    p = epc.point
-    pairs = ((p, p), (v, v), (p, v), (h, p), (h, v), (h, h))
-    return torch.stack([inner(x, y, epc.dims, scratch=scratch).flatten() for x, y in pairs])
+_GRAM = ((0, 0), (1, 1), (0, 1), (2, 0), (2, 1), (2, 2))
+"""⟨p,p⟩, ⟨v,v⟩, ⟨p,v⟩, ⟨h,p⟩, ⟨h,v⟩ and ⟨h,h⟩ of (p, v, h)."""
 
 
 def _products(gram: Tensor, coefficients: Tensor) -> Tensor:
@@ -54,10 +55,9 @@ def _products(gram: Tensor, coefficients: Tensor) -> Tensor:
     return torch.stack([pp, pg, gg.clamp(min=0.0)])
 
 
-def radii_of(epc: EPC, like: Tensor) -> Tensor:
-    """The radius of each point, (points,), of ``like``'s dtype and device."""
-    r = epc.radius
-    return r.flatten().to(like) if isinstance(r, Tensor) else like.new_full((epc.points,), r)
+def radii_of(clusters: Sequence[EPC], like: Tensor) -> Radius:
+    """The radii of the clusters' points side by side."""
+    return side_by_side([epc.radius for epc in clusters], [epc.mean_square.shape for epc in clusters], like)
 
 
 @torch.no_grad()
@@ -78,43 +78,56 @@ def recover(
         found_inf: nonzero where the optimizer is going to skip this step (likewise).
         upstream: whether G is wanted as well.
     """
+
+    def kind(i: int) -> tuple[str, ...]:
+        epc = clusters[i]
+        return epc.settings.space, str(epc.point.device), str(epc.point.dtype), str(gradients[i].dtype)
+
     results: dict[int, Recovered] = {}
-    order = sorted(range(len(clusters)), key=lambda i: (clusters[i].settings.space, str(clusters[i].point.device)))
-    for _, indices in groupby(order, key=lambda i: (clusters[i].settings.space, clusters[i].point.device)):
+    for _, indices in groupby(sorted(range(len(clusters)), key=kind), key=kind):
         members = list(indices)
-        vectors = []
-        for i in members:
-            epc = clusters[i]
-            v, h = (epc.logical(whole(t.detach())).to(epc.point.dtype) for t in (epc.parameter, gradients[i]))
-            vectors.append((epc.point, v, h))
-        spare = [torch.empty_like(p) for p, _, _ in vectors]  # become the gradients in the end
-        gram = torch.cat([_gram(clusters[i], v, h, out) for i, (_, v, h), out in zip(members, vectors, spare)], dim=1)
-        radii = torch.cat([radii_of(clusters[i], gram) for i in members])
-        found = clusters[members[0]].settings.geometry.point_gradient(gram, radii)
-        sizes = [clusters[i].points for i in members]
-        eps = torch.cat([gram.new_full((n,), torch.finfo(gradients[i].dtype).eps) for i, n in zip(members, sizes)])
-        valid = found.gradient.isfinite().all(0) & found.upstream.isfinite().all(0) & gram[5].isfinite()
-        valid &= found.squeeze > _ROUNDINGS * eps
-        unscale = gram.new_ones(())
-        if grad_scale is not None:
-            unscale = unscale / grad_scale.to(gram)
-        if found_inf is not None:
-            valid = valid & (found_inf.to(gram.device) == 0)
-        to_gradient = torch.where(valid, found.gradient, 0.0) * unscale
-        to_upstream = torch.where(valid, found.upstream, 0.0)  # keeps grad_scale: it goes back into v.grad
-        products = torch.where(valid, _products(gram, to_gradient), 0.0)
-        scalars = (t.split(sizes, dim=-1) for t in (to_gradient, to_upstream, products, valid))
-        for i, (p, v, h), out, (gradient_part, upstream_part, products_part, valid_part) in zip(
-            members, vectors, spare, zip(*scalars)
-        ):
-            shape = clusters[i].mean_square.shape
-            mask = valid_part.reshape(shape)
-            if not (h.is_cpu and bool(valid_part.all())):  # 0 · nan is nan
-                v, h = torch.where(mask, v, 0.0), torch.where(mask, h, 0.0)  # noqa: PLW2901
-            results[i] = Recovered(
-                combine(gradient_part.reshape(3, *shape).unbind(), (p, v, h), out=out),
-                products_part.reshape(3, *shape),
-                combine(upstream_part.reshape(3, *shape).unbind(), (p, v, h)) if upstream else None,
-                mask,
-            )
+        alike = [clusters[i] for i in members], [gradients[i] for i in members]
+        results.update(zip(members, _recover_alike(*alike, grad_scale, found_inf, upstream)))
     return [results[i] for i in range(len(clusters))]
+
+
+def _recover_alike(
+    clusters: Sequence[EPC],
+    gradients: Sequence[Tensor],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    upstream: bool,
+) -> list[Recovered]:
+    """Of one space, device and dtype."""
+    vectors = []
+    for epc, gradient in zip(clusters, gradients):
+        v, h = (epc.logical(whole(t.detach())).to(epc.point.dtype) for t in (epc.parameter, gradient))
+        vectors.append((epc.point, v, h))
+    memory = [torch.empty_like(epc.point) for epc in clusters]  # becomes the gradients in the end
+    gram = inner_products(vectors, _GRAM, [epc.dims for epc in clusters], scratch=memory)
+    found = clusters[0].settings.geometry.point_gradient(gram, radii_of(clusters, gram))
+    valid = found.gradient.isfinite().all(0) & found.upstream.isfinite().all(0) & gram[5].isfinite()
+    valid &= found.squeeze > _ROUNDINGS * torch.finfo(gradients[0].dtype).eps
+    if found_inf is not None:
+        valid = valid & (found_inf.to(gram.device) == 0)
+    all_valid = valid.is_cpu and bool(valid.all())
+    shapes = [epc.mean_square.shape for epc in clusters]
+    sizes = [epc.points for epc in clusters]
+
+    def combined(coefficients: Tensor, out: list[Tensor]) -> list[Tensor]:
+        combine_each(coefficients, vectors, shapes, out)
+        if not all_valid:  # 0 · nan is nan
+            for tensor, hole, shape in zip(out, (~valid).split(sizes), shapes):
+                tensor.masked_fill_(hole.reshape(shape), 0.0)
+        return out
+
+    to_gradient = torch.where(valid, found.gradient, 0.0)
+    if grad_scale is not None:
+        to_gradient = to_gradient / grad_scale.to(gram)
+    found_gradients = combined(to_gradient, memory)
+    upstreams: list[Any] = [None] * len(clusters)
+    if upstream:  # keeps grad_scale: it goes back into v.grad
+        upstreams = combined(found.upstream, [torch.empty_like(epc.point) for epc in clusters])
+    products = torch.where(valid, _products(gram, to_gradient), 0.0).split(sizes, dim=1)
+    masks = [mask.reshape(shape) for mask, shape in zip(valid.split(sizes), shapes)]
+    return [Recovered(*entry, all_valid) for entry in zip(found_gradients, products, upstreams, masks)]

@@ -35,8 +35,10 @@ from torch import Tensor
 from . import ball
 from .cluster import EPC
 from .epc import mobius_scale
-from .passes import combine, inner
+from .joint_passes import combine_each, inner_products
+from .passes import inner, lie_alike, rows_of
 from .recovery import Recovered, radii_of
+from .scalars import side_by_side
 from .spectral import longer_side, orthogonal_factors
 
 __all__ = ["Move", "move", "point_rate"]
@@ -102,56 +104,59 @@ def move(steps: Sequence[Move]) -> None:
     """Make the steps, in place."""
     for step in steps:
         step.epc.moves += 1
-        step.epc.steps += step.found.valid.any()
     for (rule, *_), group in groupby(sorted(steps, key=_kind), key=_kind):
         together = list(group)
+        if all(step.found.all_valid for step in together):
+            torch._foreach_add_([step.epc.steps for step in together], 1)
+        else:
+            torch._foreach_add_([step.epc.steps for step in together], [step.found.valid.any() for step in together])
         if rule.startswith("riemannian"):
             for step in together:
                 _follow(step)
         elif rule == "spectral":
             _add(together, _spectral_directions(together))
         else:
-            _add(together, [_mobius_direction(step) for step in together])
+            _add(together, _mobius_directions(together))
 
 
-def _kind(step: Move) -> tuple[str, str, str]:
-    return step.epc.settings.rule, step.epc.settings.space, str(step.epc.point.device)
+def _kind(step: Move) -> tuple[str, str, float, str, str]:
+    chosen, point = step.epc.settings, step.epc.point
+    return chosen.rule, chosen.space, chosen.point_momentum, str(point.device), str(point.dtype)
 
 
 def _add(steps: Sequence[Move], directions: Sequence[_Direction]) -> None:
     """p ← (kept ⊗ p) ⊕ ((−η) ⊗ f·d), on the sphere along the geodesic; the scalars of all clusters together."""
-    sizes = [step.epc.points for step in steps]
-    pp, pd, dd = torch.cat([_products(*pair).flatten(1) for pair in zip(steps, directions)], dim=1)
+    clusters = [step.epc for step in steps]
+    shapes = [epc.mean_square.shape for epc in clusters]
+    pp, pd, dd = _products(steps, directions)
 
     def each_point(values: Iterable[float | Tensor]) -> Tensor:
-        tensors = (torch.as_tensor(value, dtype=pp.dtype, device=pp.device) for value in values)
-        return torch.cat([t.flatten().expand(size) for t, size in zip(tensors, sizes)])
+        return side_by_side([*values], shapes, pp) * torch.ones_like(pp)
 
     f, eta = each_point(d.factor for d in directions), each_point(d.eta for d in directions)
-    radii = torch.cat([radii_of(step.epc, pp) for step in steps])
+    radii = radii_of(clusters, pp)
     shrink = torch.ones_like(pp)
-    if any(step.epc.settings.point_decay for step in steps):
+    if any(epc.settings.point_decay for epc in clusters):
         shrink = ball.mobius_scale(each_point(step.kept for step in steps), pp, radii)
-    geometry = steps[0].epc.settings.geometry
+    geometry = clusters[0].settings.geometry
     a, b = geometry.point_step(shrink * shrink * pp, shrink * f * pd, f * f * dd, eta, radii)
     # ‖d‖² may overflow where no coordinate does: such a point holds still
     moves = torch.cat([step.found.valid.flatten() for step in steps]) & dd.isfinite()
-    a, b = torch.where(moves, a * shrink, 1.0), torch.where(moves, b * f, 0.0)
-    for step, d, *coefficients in zip(steps, directions, a.split(sizes), b.split(sizes)):
-        p = step.epc.point
-        combine([c.reshape(step.found.valid.shape) for c in coefficients], (p, d.vector), out=p)
-        if step.epc.momentum is not None and step.epc.settings.space == "sphere":
-            _make_tangent(step.epc)
+    coefficients = torch.stack([torch.where(moves, a * shrink, 1.0), torch.where(moves, b * f, 0.0)])
+    points = [epc.point for epc in clusters]
+    combine_each(coefficients, [(p, d.vector) for p, d in zip(points, directions)], shapes, out=points)
+    for epc in clusters:
+        if epc.momentum is not None and epc.settings.space == "sphere":
+            _make_tangent(epc)
 
 
-def _products(step: Move, direction: _Direction) -> Tensor:
+def _products(steps: Sequence[Move], directions: Sequence[_Direction]) -> Tensor:
     """⟨p,p⟩, ⟨p,d⟩ and ⟨d,d⟩; known where d is the gradient itself."""
-    known, d = step.found.products, direction.vector
-    if step.epc.settings.rule == "mobius" and step.epc.momentum is None:
+    known = torch.cat([step.found.products for step in steps], dim=1)
+    if all(step.epc.settings.rule == "mobius" and step.epc.momentum is None for step in steps):
         return known
-    p, dims = step.epc.point, step.epc.dims
-    scratch = torch.empty_like(p)
-    return torch.stack([known[0], inner(p, d, dims, scratch=scratch), inner(d, d, dims, scratch=scratch)])
+    vectors = [(step.epc.point, d.vector) for step, d in zip(steps, directions)]
+    return torch.cat([known[:1], inner_products(vectors, ((0, 1), (1, 1)), [step.epc.dims for step in steps])])
 
 
 def _make_tangent(epc: EPC) -> None:
@@ -161,32 +166,53 @@ def _make_tangent(epc: EPC) -> None:
     epc.momentum.addcmul_(radial.to(epc.momentum.dtype), epc.point, value=-1)
 
 
-def _mobius_direction(step: Move) -> _Direction:
-    g = step.found.gradient
-    if not _adaptive(step.group):
-        return _Direction(_accumulated(step), 1.0, step.lr)
-    # a g of norm √n would lie outside ⊗'s domain: scale first, p ⊕ ((−1) ⊗ ηg), the same to first order
-    rms = _root_mean_square(step)
-    if step.epc.momentum is None:
-        return _Direction(g, step.lr / rms, 1.0)
-    g.div_(rms)
-    return _Direction(_accumulated(step), step.lr, 1.0)
+def _mobius_directions(steps: Sequence[Move]) -> list[_Direction]:
+    with_momentum = steps[0].epc.settings.point_momentum > 0
+    directions = []
+    for step in steps:
+        g, eta = step.found.gradient, step.lr
+        if not _adaptive(step.group):
+            directions.append(_Direction(g, 1.0, eta))
+            continue
+        # a g of norm √n would lie outside ⊗'s domain: scale first, p ⊕ ((−1) ⊗ ηg), the same to first order
+        rms = _root_mean_square(step)
+        if with_momentum:
+            g.div_(rms)
+        directions.append(_Direction(g, eta, 1.0) if with_momentum else _Direction(g, eta / rms, 1.0))
+    if not with_momentum:
+        return directions
+    return [d._replace(vector=m) for d, m in zip(directions, _accumulate(steps))]
 
 
 def _spectral_directions(steps: Sequence[Move]) -> list[_Direction]:
-    """The orthogonal factors, in the memory of the gradients."""
-    matrices = []
-    for step in steps:
-        epc, g = step.epc, step.found.gradient
-        if epc.momentum is not None:
-            g.add_(_accumulated(step), alpha=epc.settings.point_momentum)  # Nesterov's
-        matrices.append(_flatten(g, _coordinates(epc)))
+    """The orthogonal factors of the gradients, or, with momentum, of Nesterov's look ahead."""
+    gradients = [step.found.gradient for step in steps]
+    mu = steps[0].epc.settings.point_momentum
+    if mu:
+        torch._foreach_add_(gradients, _accumulate(steps), alpha=mu)
     directions = []
-    for step, factor in zip(steps, orthogonal_factors(matrices)):
-        g, scale = step.found.gradient, step.epc.scale
-        g.copy_(_unflatten(factor, g.shape, _coordinates(step.epc)))
-        directions.append(_Direction(g, step.lr if scale is None else step.lr * scale, 1.0))
+    factors = orthogonal_factors([_as_matrix(g, step.epc) for g, step in zip(gradients, steps)])
+    for step, g, factor in zip(steps, gradients, factors):
+        scale = step.epc.scale
+        d = _as_vector(factor, g, step.epc)
+        directions.append(_Direction(d, step.lr if scale is None else step.lr * scale, 1.0))
     return directions
+
+
+def _as_matrix(g: Tensor, epc: EPC) -> Tensor:
+    """g as a matrix, a row an output unit; a row's coordinates are in the order in which they lie in memory."""
+    return rows_of(g) if _lies_in_units(g, epc) else _flatten(g, _coordinates(epc))
+
+
+def _as_vector(matrix: Tensor, g: Tensor, epc: EPC) -> Tensor:
+    """What :func:`_as_matrix` makes ``matrix`` of, lying in memory as ``g``."""
+    if _lies_in_units(g, epc):
+        return matrix.contiguous().as_strided(g.shape, g.stride())
+    return torch.empty_like(g).copy_(_unflatten(matrix, g.shape, _coordinates(epc)))
+
+
+def _lies_in_units(g: Tensor, epc: EPC) -> bool:
+    return epc.unit_dims == (0,) and lie_alike([g])
 
 
 def _coordinates(epc: EPC) -> tuple[int, ...]:
@@ -194,15 +220,20 @@ def _coordinates(epc: EPC) -> tuple[int, ...]:
     return tuple(d for d in range(epc.point.ndim) if d not in epc.unit_dims)
 
 
-def _accumulated(step: Move) -> Tensor:
-    """The gradient; with momentum the heavy ball, in the coordinates of p, which takes it in where it is known."""
-    g, m = step.found.gradient, step.epc.momentum
-    if m is None:
-        return g
-    mu, valid = step.epc.settings.point_momentum, step.found.valid
-    if valid.is_cpu and bool(valid.all()):
-        return m.mul_(mu).add_(g)
-    return m.copy_(torch.where(valid, mu * m + g, m))
+def _accumulate(steps: Sequence[Move]) -> list[Tensor]:
+    """The heavy balls, in the coordinates of p, having taken in the gradients where they are known.
+
+    All steps are of one ``point_momentum``.
+    """
+    momenta = [step.epc.momentum for step in steps if step.epc.momentum is not None]
+    mu = steps[0].epc.settings.point_momentum
+    if all(step.found.all_valid for step in steps):
+        torch._foreach_mul_(momenta, mu)
+    else:  # an unknown gradient reads 0
+        masks = [step.found.valid for step in steps]
+        torch._foreach_mul_(momenta, [m.new_ones(v.shape).masked_fill_(v, mu) for m, v in zip(momenta, masks)])
+    torch._foreach_add_(momenta, [step.found.gradient for step in steps])
+    return momenta
 
 
 def _root_mean_square(step: Move) -> Tensor:
@@ -210,7 +241,8 @@ def _root_mean_square(step: Move) -> Tensor:
     epc, group, valid = step.epc, step.group, step.found.valid
     beta = float(group["betas"][1] if "betas" in group else group.get("alpha", group.get("rho", _ADAM_BETAS[1])))
     eps = group.get("eps", _ADAM_EPS)
-    now = (step.found.products[2] * (epc.points / epc.point.numel())).to(epc.mean_square.dtype)
+    gg = step.found.products[2].reshape(epc.mean_square.shape)
+    now = (gg * (epc.points / epc.point.numel())).to(epc.mean_square.dtype)
     epc.mean_square.copy_(torch.where(valid, epc.mean_square.lerp(now, 1 - beta), epc.mean_square))
     corrected = epc.mean_square / (1 - beta ** epc.steps.to(epc.mean_square.dtype))
     return corrected.sqrt() + (float(eps) if isinstance(eps, (int, float)) else _ADAM_EPS)
@@ -257,9 +289,9 @@ class _OnManifold:
 
 def _follow(step: Move) -> None:
     """A step by geoopt's manifolds."""
-    epc, g, valid = step.epc, step.found.gradient, step.found.valid
+    epc, g = step.epc, step.found.gradient
     state = [t for t in (epc.point, epc.momentum, epc.mean_square) if t is not None]
-    before = None if valid.is_cpu and bool(valid.all()) else [t.clone() for t in state]
+    before = None if step.found.all_valid else [t.clone() for t in state]
     if epc.settings.point_decay:
         epc.point.copy_(mobius_scale(step.kept, epc.point, epc.radius, epc.dims))
     if epc.settings.rule == "riemannian-adam":
@@ -268,7 +300,7 @@ def _follow(step: Move) -> None:
         _riemannian(epc, g.div_(_root_mean_square(step)) if _adaptive(step.group) else g, step.lr)
     if before is not None:
         for now, then in zip(state, before):
-            now.copy_(torch.where(valid, now, then))
+            now.copy_(torch.where(step.found.valid, now, then))
 
 
 def _riemannian(epc: EPC, g: Tensor, lr: float | Tensor) -> None:

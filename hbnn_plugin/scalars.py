@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["PointGradient", "Radius", "Slopes", "Space"]
+__all__ = ["PointGradient", "Radius", "Slopes", "Space", "side_by_side"]
 
 Radius = float | Tensor
 """The radius r: one for the layer, or one a point, broadcastable against the inner products."""
+
+
+def side_by_side(values: Sequence[float | Tensor], shapes: Sequence[Sequence[int]], like: Tensor) -> float | Tensor:
+    """What several layers have one of, or one a point: one number where they share it, else (points,), as ``like``.
+
+    ``shapes``: in which each layer's points are counted.
+    """
+    if all(not isinstance(value, Tensor) and value == values[0] for value in values):
+        return values[0]
+    wide = (torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in values)
+    return torch.cat([value.expand(*shape).flatten() for value, shape in zip(wide, shapes)])
 
 
 class Slopes(NamedTuple):

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .passes import largest
+
 __all__ = ["longer_side", "orthogonal_factor", "orthogonal_factors"]
 
 _STEPS = 5
@@ -34,21 +36,20 @@ def orthogonal_factor(matrix: Tensor) -> Tensor:
     if matrix.shape[-2] > matrix.shape[-1]:
         return orthogonal_factor(matrix.mT).mT
     # ‖G‖² may overflow, or vanish: its largest entry first
-    size = torch.linalg.vector_norm(matrix, math.inf, dim=(-2, -1), keepdim=True)
-    unit = matrix / size.clamp(min=torch.finfo(matrix.dtype).tiny)
-    gram = unit @ unit.mT
-    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=1e-30)
-    gram /= square
-    factor = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    size = largest(matrix, (-2, -1)).clamp(min=torch.finfo(matrix.dtype).tiny)
+    unit = (matrix / size).reshape(-1, *matrix.shape[-2:])
+    gram = torch.bmm(unit, unit.mT)
+    norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=1e-30).sqrt()
+    gram /= norm * norm
     a, b, c = _POLYNOMIAL
-    for step in range(_STEPS):
-        q = (gram @ gram).mul_(c).add_(gram, alpha=b)
-        q.diagonal(dim1=-2, dim2=-1).add_(a)
-        factor = q @ factor  # polynomials in one matrix: they commute, and with the Gram matrix
+    factor = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    for step in range(_STEPS):  # all are polynomials in one matrix: they commute
+        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # q(A) − a
+        factor = torch.baddbmm(factor, rest, factor, beta=a)
         if step < _STEPS - 1:
-            gram = q @ gram @ q
-    result: Tensor = (factor / square.sqrt()) @ unit
-    return result
+            half = torch.baddbmm(gram, rest, gram, beta=a)
+            gram = torch.baddbmm(half, half, rest, beta=a)
+    return torch.bmm(factor / norm, unit).reshape(matrix.shape)
 
 
 def _blocks(rows: int, columns: int) -> int:
@@ -72,4 +73,5 @@ def orthogonal_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
     for places in alike.values():
         factors = orthogonal_factor(torch.stack([blocks[i][j] for i, j in places]))
         found.update(zip(places, factors))
-    return [torch.cat([found[i, j] for j in range(len(parts))]) for i, parts in enumerate(blocks)]
+    rows = [[found[i, j] for j in range(len(parts))] for i, parts in enumerate(blocks)]
+    return [factors[0] if len(factors) == 1 else torch.cat(factors) for factors in rows]

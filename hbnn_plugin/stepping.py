@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .cluster import EPC, alive
-from .epc import prepare, pull_back
+from .epc import pull_back
 from .inplace import InPlace, enter, leave
 from .recovery import Recovered, recover
 from .rules import Move, move, point_rate
@@ -196,7 +196,7 @@ def _rewrite(gradient: Tensor, epc: EPC, found: Recovered) -> None:
     """Put into ``gradient`` what it would be at the point where the cluster is now."""
     assert found.upstream is not None
     of = epc.map_of(epc.parameter.detach())
-    rewritten = pull_back(of, prepare([of])[0], found.upstream).reshape(gradient.shape)
+    rewritten = pull_back([of], [found.upstream])[0].reshape(gradient.shape)
     valid = found.valid.expand(epc.shape).reshape(gradient.shape)
     kept = torch.where(valid, rewritten.to(gradient.dtype), whole(gradient))
     gradient.copy_(sharded_like(kept, gradient))

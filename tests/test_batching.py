@@ -55,8 +55,8 @@ def test_a_forward_prepares_every_layer_once_and_leaves_nothing(monkeypatch: pyt
     from hbnn_plugin import epc  # noqa: PLC0415
 
     net, batches = applied(), []
-    original = epc._prepare_alike
-    monkeypatch.setattr(epc, "_prepare_alike", lambda maps, out: batches.append(len(maps)) or original(maps, out))
+    original = epc._scalars
+    monkeypatch.setattr(epc, "_scalars", lambda maps, out: batches.append(len(maps)) or original(maps, out))
     net(images())
     assert batches == [len(BINARY_LAYERS)]
     assert all(epc.prepared is None for epc in clusters(net))
@@ -112,8 +112,8 @@ def test_applied_twice_to_one_model_each_map_is_prepared_once(monkeypatch: pytes
     net, batches = tiny_net(SmoothConv), []
     for name in BINARY_LAYERS:
         hbnn_plugin.apply(net, mode="parametrize", where=hbnn_plugin.by_name(name))
-    original = epc._prepare_alike
-    monkeypatch.setattr(epc, "_prepare_alike", lambda maps, out: batches.append(len(maps)) or original(maps, out))
+    original = epc._scalars
+    monkeypatch.setattr(epc, "_scalars", lambda maps, out: batches.append(len(maps)) or original(maps, out))
     net(images())
     assert batches == [len(BINARY_LAYERS)]
     hbnn_plugin.fuse(net)

@@ -65,6 +65,7 @@ def test_many_matrices_at_once_and_wide_ones_in_blocks_of_rows() -> None:
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 5), (3, 12)),
     "grouped": (lambda: nn.Conv2d(6, 4, 3, groups=2), (2, 6, 5, 5)),
+    "channels last": (lambda: nn.Conv2d(3, 4, 3), (2, 3, 5, 5)),
     "transposed": (lambda: nn.ConvTranspose2d(6, 4, 3), (2, 6, 5, 5)),
     "1-D, more filters than coordinates": (lambda: nn.Conv1d(2, 8, 3), (2, 2, 9)),
 }
@@ -81,6 +82,8 @@ def test_the_first_step_from_the_origin_is_the_orthogonal_factor_of_the_layers_g
     torch.manual_seed(0)
     layer, bare = make().double(), make().double()
     x = torch.randn(shape, dtype=torch.float64)
+    if kind == "channels last":
+        layer.to(memory_format=torch.channels_last)
     model = nn.Sequential(layer)
     only = {"where": lambda module, name: module is layer, "mode": "parametrize"}
     hbnn_plugin.apply(model, rule="spectral", per=per, relative=relative, **only)
