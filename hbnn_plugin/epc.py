@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import ball
 from .joint_passes import combine_each, inner_products
-from .passes import Dims, combine, inner, largest, scalar_dtype, working_dtype
+from .passes import Dims, combine, inner, largest, may_look, scalar_dtype, working_dtype
 from .scalars import Radius, Slopes, Space, side_by_side
 
 __all__ = [
@@ -145,7 +145,7 @@ def _scalars(maps: Sequence[Map], scratch: Sequence[Tensor]) -> tuple[Tensor, li
     radii = side_by_side([m.radius for m in maps], shapes, gram)
     taming = torch.ones_like(gram[0])
     careful = [True] * len(maps)
-    if gram.is_cpu:  # a CPU looks whether care is needed; elsewhere looking would cost a synchronisation
+    if may_look(gram):  # whether care is needed
         gram = inner_products([(m.point, m.latent) for m in maps], _GRAM, [m.dims for m in maps], scratch=scratch)
         easy = (gram.abs() < 1e200).all(0) & ~space.delicate(gram[0], radii)
         careful = [False] * len(maps) if bool(easy.all()) else [not bool(part.all()) for part in easy.split(sizes)]

@@ -22,6 +22,7 @@ __all__ = [
     "inner",
     "largest",
     "lie_alike",
+    "may_look",
     "rows_of",
     "scalar_dtype",
     "working_dtype",
@@ -39,6 +40,11 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def scalar_dtype(device: torch.device) -> torch.dtype:
     """float64 for what is one number a point, but on Apple's GPUs, which have none."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether x's values are known without waiting: on a CPU. Elsewhere looking at them costs a synchronisation."""
+    return x.is_cpu
 
 
 def inner(x: Tensor, y: Tensor, dims: Dims, *, exact: bool = False, scratch: Tensor | None = None) -> Tensor:
@@ -70,7 +76,8 @@ def _square(x: Tensor, dims: Dims, wide: torch.dtype) -> Tensor:
 
 def largest(x: Tensor, dims: Dims) -> Tensor:
     """max |x_i| over ``dims`` (kept with size 1), without a temporary; torch's norm for it is slow on a CPU."""
-    return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
+    high, low = x.amax(dims, keepdim=True), x.amin(dims, keepdim=True)
+    return torch.maximum(high, -low).abs()  # not −0, by which one may divide
 
 
 _LARGE = 2**18

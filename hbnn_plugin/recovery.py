@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .cluster import EPC
 from .joint_passes import combine_each, inner_products
+from .passes import may_look
 from .scalars import Radius, side_by_side
 from .sharding import whole
 
@@ -39,7 +40,7 @@ class Recovered(NamedTuple):
     valid: Tensor
     """One bool a point."""
     all_valid: bool
-    """Whether ``valid`` is known to be True everywhere; on a CPU, where asking costs no synchronisation."""
+    """Whether ``valid`` is known to be True everywhere."""
 
 
 _GRAM = ((0, 0), (1, 1), (0, 1), (2, 0), (2, 1), (2, 2))
@@ -110,7 +111,7 @@ def _recover_alike(
     valid &= found.squeeze > _ROUNDINGS * torch.finfo(gradients[0].dtype).eps
     if found_inf is not None:
         valid = valid & (found_inf.to(gram.device) == 0)
-    all_valid = valid.is_cpu and bool(valid.all())
+    all_valid = may_look(valid) and bool(valid.all())
     shapes = [epc.mean_square.shape for epc in clusters]
     sizes = [epc.points for epc in clusters]
 
