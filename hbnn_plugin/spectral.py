@@ -71,7 +71,8 @@ def orthogonal_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
             alike[part.shape, part.dtype, part.device].append((i, j))
     found: dict[tuple[int, int], Tensor] = {}
     for places in alike.values():
-        factors = orthogonal_factor(torch.stack([blocks[i][j] for i, j in places]))
-        found.update(zip(places, factors))
+        stack = torch.stack([blocks[i][j] for i, j in places])
+        with torch.autocast(stack.device.type, enabled=False):  # in a loop that steps inside autocast
+            found.update(zip(places, orthogonal_factor(stack)))
     rows = [[found[i, j] for j in range(len(parts))] for i, parts in enumerate(blocks)]
     return [factors[0] if len(factors) == 1 else torch.cat(factors) for factors in rows]

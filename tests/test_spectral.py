@@ -16,6 +16,8 @@ from geoopt_loop import newton_schulz
 from hbnn_plugin.cluster import find
 from hbnn_plugin.epc import exp_map
 from hbnn_plugin.spectral import orthogonal_factor, orthogonal_factors
+from tiny_hosts import SmoothConv, loss_of, same_state, state
+from training_helpers import applied
 
 
 @given(st.integers(1, 12), st.integers(1, 40), st.floats(-30, 30), st.integers(0, 1000))
@@ -103,3 +105,13 @@ def test_the_first_step_from_the_origin_is_the_orthogonal_factor_of_the_layers_g
     factor = newton_schulz(wide) if wide is gradient else newton_schulz(wide).T
     moved = rows(epc.point if epc.scale is None else epc.point / epc.scale)
     assert torch.allclose(moved, -0.15 * 0.1**0.75 * factor, rtol=0, atol=1e-9)
+
+
+def test_a_step_inside_autocast_is_in_single_precision() -> None:
+    nets = [applied(SmoothConv), applied(SmoothConv)]
+    for net, inside in zip(nets, (False, True), strict=True):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        loss_of(net).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            optimizer.step()
+    assert same_state(*map(state, nets))
