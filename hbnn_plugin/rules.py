@@ -221,18 +221,16 @@ def _coordinates(epc: EPC) -> tuple[int, ...]:
 
 
 def _accumulate(steps: Sequence[Move]) -> list[Tensor]:
-    """The heavy balls, in the coordinates of p, having taken in the gradients where they are known.
-
-    All steps are of one ``point_momentum``.
-    """
-    momenta = [step.epc.momentum for step in steps if step.epc.momentum is not None]
-    mu = steps[0].epc.settings.point_momentum
-    if all(step.found.all_valid for step in steps):
-        torch._foreach_mul_(momenta, mu)
-    else:  # an unknown gradient reads 0
-        masks = [step.found.valid for step in steps]
-        torch._foreach_mul_(momenta, [m.new_ones(v.shape).masked_fill_(v, mu) for m, v in zip(momenta, masks)])
-    torch._foreach_add_(momenta, [step.found.gradient for step in steps])
+    """The heavy balls, in the coordinates of p, having taken in the gradients where they are known."""
+    momenta = []
+    for step in steps:
+        g, m, mu = step.found.gradient, step.epc.momentum, step.epc.settings.point_momentum
+        assert m is not None
+        if step.found.all_valid:
+            torch.add(g, m, alpha=mu, out=m)
+        else:  # an unknown gradient reads 0
+            torch.addcmul(g, m, m.new_ones(()).masked_fill(step.found.valid, mu), out=m)
+        momenta.append(m)
     return momenta
 
 
