@@ -6,7 +6,8 @@ r"""How a point moves, given its gradient g = ∂L/∂p and its learning rate η
 * ``riemannian-adam``: geoopt's RiemannianAdam with betas (0.9, 0.999) and eps 1e-8.
 * ``spectral`` (not in the paper): p ← p ⊕ (−ηO), O the orthogonal factor of the layer's g with Nesterov momentum,
   as a matrix (output units × coordinates): each filter's point moves by about η, and no direction that the layer's
-  filters share outruns the others (:mod:`hbnn_plugin.spectral`). With ``relative=True`` by about ηs.
+  filters share outruns the others (:mod:`hbnn_plugin.spectral`; more than 64 filters in blocks). With ``relative=True``
+  by about ηs.
 * ``fixed``: not at all.
 
 η is point_lr · lr ** point_lr_power, lr the weight's learning rate. The power is 1, for spectral points ¾: their steps

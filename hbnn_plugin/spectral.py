@@ -9,7 +9,7 @@ which brings singular values from 0.003 on to 0.7 … 1.2. All iterates are G ti
 the steps are made on that square matrix of G's short side alone, and G itself is passed over twice.
 
 That costs (short side)² · (long side), which in the widest layers would be a tenth of a training step: there the rows
-are taken in blocks of at most 64, each with a factor of its own, for a tenth of the cost.
+are taken in blocks of at most 64, each with a factor of its own, for a ninth of the cost at 512.
 """
 
 from __future__ import annotations

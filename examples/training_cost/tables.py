@@ -83,7 +83,10 @@ def _memory(lines: Sequence[Mapping[str, Any]]) -> str:
 def _cell(estimate: Mapping[str, float] | None) -> str:
     if estimate is None:
         return ""
-    return f"{estimate['median']:.3g} ({estimate['low']:.3g} … {estimate['high']:.3g})"
+    median, low, high = (
+        f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (estimate[k] for k in ("median", "low", "high"))
+    )
+    return f"{median} ({low} … {high})"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
