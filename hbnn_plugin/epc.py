@@ -62,11 +62,11 @@ class Prepared(NamedTuple):
     """What a map needs beside its vectors."""
 
     scalars: Tensor
-    """(9, ...), size 1 in the map's dims: :func:`_table`, and the taming of v."""
+    """(9, ...), size 1 in the map's dims: :func:`_table`, and v's taming."""
     careful: bool
     """Whether v has to be tamed."""
     out: Tensor
-    """Memory for the result."""
+    """Memory for the result; holds the tamed v until then, where care is taken."""
 
 
 _GRAM = ((0, 0), (1, 1), (0, 1))
@@ -75,7 +75,8 @@ _GRAM = ((0, 0), (1, 1), (0, 1))
 
 def _gram(p: Tensor, v: Tensor, dims: Dims) -> list[Tensor]:
     """The same three for tools that watch how they arise."""
-    return [inner(x, y, dims, exact=True) for x, y in ((p, p), (v, v), (p, v))]
+    vectors = p, v
+    return [inner(vectors[i], vectors[j], dims, exact=True) for i, j in _GRAM]
 
 
 def _taming(v: Tensor, dims: Dims) -> Tensor:
@@ -94,10 +95,10 @@ def prepare(maps: Sequence[Map]) -> list[Prepared]:
     for members in _alike(maps):
         together = [maps[i] for i in members]
         out = [torch.empty_like(m.latent) for m in together]
-        scalars, careful = _scalars(together, out)
+        scalars, careful, _ = _scalars(together, out)
         shapes = [m.scalar_shape for m in together]
         parts = scalars.split([math.prod(shape) for shape in shapes], dim=1)
-        entries = zip((part.reshape(-1, *shape) for part, shape in zip(parts, shapes)), careful, out)
+        entries = zip((part.reshape(len(part), *shape) for part, shape in zip(parts, shapes)), careful, out)
         made.update(zip(members, (Prepared(*entry) for entry in entries)))
     return [made[i] for i in range(len(maps))]
 
@@ -107,10 +108,10 @@ def exp_maps(maps: Sequence[Map], out: Sequence[Tensor]) -> None:
     """:func:`exp_map` of all maps together, into ``out``, of the latents' shapes and dtypes; nothing for autograd."""
     for members in _alike(maps):
         together, memory = [maps[i] for i in members], [out[i] for i in members]
-        scalars, careful = _scalars(together, memory)
-        shapes = [m.scalar_shape for m in together]
-        latents = _tamed(together, scalars, careful)
-        combine_each(scalars[:2], [(m.point, v) for m, v in zip(together, latents)], shapes, memory)
+        scalars, _, latents = _scalars(together, memory)
+        alpha, beta = scalars[_RESULT]
+        vectors = [(v, m.point) for v, m in zip(latents, together)]
+        combine_each(torch.stack([beta, alpha]), vectors, [m.scalar_shape for m in together], memory)
 
 
 @torch.no_grad()
@@ -119,11 +120,12 @@ def pull_back(maps: Sequence[Map], upstreams: Sequence[Tensor]) -> list[Tensor]:
     pulled = [torch.empty_like(m.latent) for m in maps]
     for members in _alike(maps):
         together, memory = [maps[i] for i in members], [pulled[i] for i in members]
-        scalars, careful = _scalars(together, memory)
-        vectors = [(upstreams[i], v, m.point) for i, m, v in zip(members, together, _tamed(together, scalars, careful))]
-        b, a = inner_products(vectors, ((0, 1), (0, 2)), [m.dims for m in together], scratch=memory)
+        scalars, careful, latents = _scalars(together, memory)
+        vectors = [(v, upstreams[i], m.point) for v, i, m in zip(latents, members, together)]
+        scratch = [None if care else free for care, free in zip(careful, memory)]
+        b, a = inner_products(vectors, ((1, 0), (1, 2)), [m.dims for m in together], scratch=scratch)
         _, own, cross = _slopes(scalars, a, b)
-        coefficients = scalars[8] * torch.stack([scalars[1], own, cross])
+        coefficients = scalars[_TAMING] * torch.stack([own, scalars[1], cross])
         combine_each(coefficients, vectors, [m.scalar_shape for m in together], memory)
     return pulled
 
@@ -136,40 +138,38 @@ def _alike(maps: Sequence[Map]) -> list[list[int]]:
     return list(found.values())
 
 
-def _scalars(maps: Sequence[Map], scratch: Sequence[Tensor]) -> tuple[Tensor, list[bool]]:
-    """(9, points), the maps' points side by side: :func:`_table`, and v's taming; and whose v has to be tamed."""
-    space, shapes = maps[0].space, [m.scalar_shape for m in maps]
+def _scalars(maps: Sequence[Map], memory: Sequence[Tensor]) -> tuple[Tensor, list[bool], list[Tensor]]:
+    """What the maps need beside their vectors, of the points side by side: (9, points), :func:`_table` and v's taming.
+
+    Also whose v has to be tamed, and all v, tamed in ``memory`` where they have to be.
+    """
+    space, shapes, dims = maps[0].space, [m.scalar_shape for m in maps], [m.dims for m in maps]
     sizes = [math.prod(shape) for shape in shapes]
     wide = scalar_dtype(maps[0].latent.device)
     gram = torch.empty(3, sum(sizes), dtype=wide, device=maps[0].latent.device)
     radii = side_by_side([m.radius for m in maps], shapes, gram)
     taming = torch.ones_like(gram[0])
-    careful = [True] * len(maps)
+    careful, latents = [True] * len(maps), [m.latent for m in maps]
     if may_look(gram):  # whether care is needed
-        gram = inner_products([(m.point, m.latent) for m in maps], _GRAM, [m.dims for m in maps], scratch=scratch)
+        gram = inner_products([(m.point, m.latent) for m in maps], _GRAM, dims, scratch=memory)
         easy = (gram.abs() < 1e200).all(0) & ~space.delicate(gram[0], radii)
         careful = [False] * len(maps) if bool(easy.all()) else [not bool(part.all()) for part in easy.split(sizes)]
     hard = [i for i, care in enumerate(careful) if care]
     if hard:
-        tame = [_taming(maps[i].latent, maps[i].dims) for i in hard]
-        tamed = [(maps[i].point, maps[i].latent * t) for i, t in zip(hard, tame)]
-        exact = inner_products(tamed, _GRAM, [maps[i].dims for i in hard], exact=True)
+        tame = [_taming(latents[i], dims[i]) for i in hard]
+        for i, t in zip(hard, tame):
+            latents[i] = torch.mul(latents[i], t, out=memory[i])
+        exact = inner_products([(maps[i].point, latents[i]) for i in hard], _GRAM, [dims[i] for i in hard], exact=True)
         grams, tamings = list(gram.split(sizes, dim=1)), list(taming.split(sizes))
         for i, t, part in zip(hard, tame, exact.split([sizes[i] for i in hard], dim=1)):
             grams[i], tamings[i] = part, t.flatten().to(wide)
         gram, taming = torch.cat(grams, dim=1), torch.cat(tamings)
     pp, vv, pv = gram
-    return torch.cat([_table(space.exp_slopes(pp, vv, pv, radii)), taming[None]]), careful
+    return torch.cat([_table(space.exp_slopes(pp, vv, pv, radii)), taming[None]]), careful, latents
 
 
-def _tamed(maps: Sequence[Map], scalars: Tensor, careful: Sequence[bool]) -> list[Tensor]:
-    """The maps' v."""
-    shapes = [m.scalar_shape for m in maps]
-    taming = scalars[8].split([math.prod(shape) for shape in shapes])
-    return [
-        m.latent * t.reshape(shape).to(m.latent.dtype) if care else m.latent
-        for m, t, shape, care in zip(maps, taming, shapes, careful)
-    ]
+_RESULT, _BY_A, _BY_B, _TAMING = slice(0, 2), slice(2, 5), slice(5, 8), 8
+"""Places among the scalars."""
 
 
 def _table(k: Slopes) -> Tensor:
@@ -179,7 +179,7 @@ def _table(k: Slopes) -> Tensor:
 
 def _slopes(table: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The coefficients of p in ∂L/∂p, of v in ∂L/∂v, and of the other vector in both."""
-    return torch.addcmul(a * table[2:5], b, table[5:8])
+    return torch.addcmul(a * table[_BY_A], b, table[_BY_B])
 
 
 class _Exp(torch.autograd.Function):
@@ -190,9 +190,8 @@ class _Exp(torch.autograd.Function):
         p: Tensor, v: Tensor, prepared: Prepared | None, r: Radius, space: Space, dims: Dims
     ) -> tuple[Tensor, Tensor, bool]:
         scalars, careful, out = prepared or prepare([Map(p, v, r, space, dims)])[0]
-        if careful:
-            v = v * scalars[8].to(v.dtype)
-        return combine(scalars[:2].to(v.dtype).unbind(), (p, v), out=out), scalars, careful
+        alpha, beta = scalars[_RESULT].to(v.dtype)
+        return combine((beta, alpha), (out if careful else v, p), out=out), scalars, careful
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, bool]) -> None:
@@ -204,7 +203,7 @@ class _Exp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         p, v, scalars = ctx.saved_tensors
-        dims, table, taming = ctx.dims, scalars[:8], scalars[8]
+        dims, table, taming = ctx.dims, scalars, scalars[_TAMING]
         if ctx.careful:
             v = v * taming.to(v.dtype)
         spare = None

@@ -28,11 +28,11 @@ def inner_products(
     dims: Sequence[Dims],
     *,
     exact: bool = False,
-    scratch: Sequence[Tensor] | None = None,
+    scratch: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """:func:`inner` of the ``pairs`` (i, j) of each layer's vectors: (pairs, points), one layer's points after another.
 
-    ``vectors``: for each layer as many tensors of its shape; ``dims`` and ``scratch`` (by default fresh): one a layer.
+    ``vectors``: for each layer as many tensors of its shape; ``dims`` and ``scratch`` (for None fresh): one a layer.
     """
     found: dict[int, Tensor] = {}
     alike: dict[object, list[int]] = defaultdict(list)
@@ -40,7 +40,9 @@ def inner_products(
         if x.ndim > 1 and 0 < x.numel() <= _SMALL and covers_rows(dims[n], x.ndim):
             alike[x.numel() // len(x), x.dtype, x.device].append(n)
         else:
-            memory = None if exact else torch.empty_like(x) if scratch is None else scratch[n]
+            memory = scratch[n] if scratch else None
+            if memory is None and not exact:
+                memory = torch.empty_like(x)
             each = [inner(vectors[n][i], vectors[n][j], dims[n], exact=exact, scratch=memory) for i, j in pairs]
             found[n] = torch.stack(each).flatten(1)
     for members in alike.values():
@@ -69,11 +71,11 @@ def combine_each(
 ) -> None:
     """:func:`combine` for several layers of one dtype; ``coefficients`` are (vectors a layer, points), side by side.
 
-    ``shapes``: in which each layer's points are counted.
+    ``shapes``: in which each layer's points are counted. ``out``: a layer's first vector will do, none of the others.
     """
     sizes = [math.prod(shape) for shape in shapes]
     parts = coefficients.to(out[0].dtype).split(sizes, dim=1)
-    each = [part.reshape(-1, *shape).unbind() for part, shape in zip(parts, shapes)]
+    each = [part.reshape(len(part), *shape).unbind() for part, shape in zip(parts, shapes)]
     for memory, c, xs in zip(out, each, vectors):
         torch.mul(xs[0], c[0], out=memory)
     for k in range(1, len(coefficients)):

@@ -58,7 +58,7 @@ class Move(NamedTuple):
 
     epc: EPC
     found: Recovered
-    """Its gradient is overwritten."""
+    """Its gradient may be overwritten."""
     lr: float | Tensor
     """η."""
     group: dict[str, Any]
@@ -154,7 +154,8 @@ def _add(steps: Sequence[Move], directions: Sequence[_Direction]) -> None:
 def _products(steps: Sequence[Move], directions: Sequence[_Direction]) -> Tensor:
     """⟨p,p⟩, ⟨p,d⟩ and ⟨d,d⟩; known where d is the gradient itself."""
     known = torch.cat([step.found.products for step in steps], dim=1)
-    if all(step.epc.settings.rule == "mobius" and step.epc.momentum is None for step in steps):
+    chosen = steps[0].epc.settings  # the rule and the momentum are those of all
+    if chosen.rule == "mobius" and not chosen.point_momentum:
         return known
     vectors = [(step.epc.point, d.vector) for step, d in zip(steps, directions)]
     return torch.cat([known[:1], inner_products(vectors, ((0, 1), (1, 1)), [step.epc.dims for step in steps])])
@@ -168,21 +169,22 @@ def _make_tangent(epc: EPC) -> None:
 
 
 def _mobius_directions(steps: Sequence[Move]) -> list[_Direction]:
-    with_momentum = steps[0].epc.settings.point_momentum > 0
-    directions = []
-    for step in steps:
-        g, eta = step.found.gradient, step.lr
-        if not _adaptive(step.group):
-            directions.append(_Direction(g, 1.0, eta))
-            continue
-        # a g of norm √n would lie outside ⊗'s domain: scale first, p ⊕ ((−1) ⊗ ηg), the same to first order
-        rms = _root_mean_square(step)
-        if with_momentum:
-            g.div_(rms)
-        directions.append(_Direction(g, eta, 1.0) if with_momentum else _Direction(g, eta / rms, 1.0))
-    if not with_momentum:
-        return directions
-    return [d._replace(vector=m) for d, m in zip(directions, _accumulate(steps))]
+    if steps[0].epc.settings.point_momentum:
+        for step in steps:
+            if _adaptive(step.group):
+                step.found.gradient.div_(_root_mean_square(step))
+        momenta = _accumulate(steps)
+        # a vector of norm √n would lie outside ⊗'s domain: scale first, p ⊕ ((−1) ⊗ ηd), the same to first order
+        return [
+            _Direction(m, step.lr, 1.0) if _adaptive(step.group) else _Direction(m, 1.0, step.lr)
+            for step, m in zip(steps, momenta)
+        ]
+    return [
+        _Direction(step.found.gradient, step.lr / _root_mean_square(step), 1.0)
+        if _adaptive(step.group)
+        else _Direction(step.found.gradient, 1.0, step.lr)
+        for step in steps
+    ]
 
 
 def _spectral_directions(steps: Sequence[Move]) -> list[_Direction]:
@@ -244,7 +246,8 @@ def _root_mean_square(step: Move) -> Tensor:
     now = (gg * (epc.points / epc.point.numel())).to(epc.mean_square.dtype)
     epc.mean_square.copy_(torch.where(valid, epc.mean_square.lerp(now, 1 - beta), epc.mean_square))
     corrected = epc.mean_square / (1 - beta ** epc.steps.to(epc.mean_square.dtype))
-    return corrected.sqrt() + (float(eps) if isinstance(eps, (int, float)) else _ADAM_EPS)
+    root = corrected.sqrt() + (float(eps) if isinstance(eps, (int, float)) else _ADAM_EPS)
+    return torch.where(valid, root, 1.0)  # before the first valid gradient it is 0/0
 
 
 def _flatten(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:

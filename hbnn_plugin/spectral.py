@@ -14,6 +14,7 @@ are taken in blocks of at most 64, each with a factor of its own, for a ninth of
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -70,10 +71,15 @@ def orthogonal_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for members in alike.values():
         together = torch.cat([stacks[i] for i in members]) if len(members) > 1 else stacks[members[0]]
-        with torch.autocast(together.device.type, enabled=False):  # in a loop that steps inside autocast
+        with _no_autocast(together.device):  # in a loop that steps inside autocast
             factors = orthogonal_factor(together)
         found.update(zip(members, factors.split([len(stacks[i]) for i in members])))
     return [found[i].flatten(0, 1)[: len(matrix)] for i, matrix in enumerate(matrices)]
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 def _in_blocks(matrix: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ MUTATIONS = [
     ("ball.py", "series_w = 2 / 3 +", "series_w = 1 / 3 +", "backward: the series near v = 0"),
     ("ball.py", "return -room_p * ratio", "return room_p * ratio", "inverse: sign of p's coefficient"),
     ("sphere.py", "alpha=cos - s * rq,", "alpha=cos + s * rq,", "sphere: v's radial part added, not removed"),
-    ("epc.py", "own, cross = 2 * (a * k.alpha_v", "own, cross = (a * k.alpha_v", "backward: a factor 2"),
+    ("epc.py", "2 * k.alpha_v", "k.alpha_v", "backward: a factor 2"),
     ("passes.py", "torch.float64) else torch.float32", "torch.float64) else dtype", "half precision inside"),
 ]
 

@@ -43,10 +43,11 @@ def test_grad_scaler_changes_nothing(name: str, fused: bool, order: str, mode: s
 @fused_or_not
 @each_optimizer
 @pytest.mark.parametrize("where", ["elsewhere", "in the layer"])
+@pytest.mark.parametrize("rule", ["spectral", "mobius"])
 def test_a_step_that_grad_scaler_skips_leaves_everything_as_it_was(
-    name: str, fused: bool, order: str, mode: str, where: str
+    rule: str, name: str, fused: bool, order: str, mode: str, where: str
 ) -> None:
-    net = applied(point_momentum=0.5, point_decay=0.1, order=order, mode=mode)
+    net = applied(rule=rule, point_momentum=0.5, point_decay=0.1, order=order, mode=mode)
     optimizer = OPTIMIZERS[name](net.parameters(), fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
 
@@ -61,13 +62,18 @@ def test_a_step_that_grad_scaler_skips_leaves_everything_as_it_was(
         scaler.update()
         return before
 
-    one_step(0, overflow=False)
-    before = one_step(1, overflow=True)
-    changed = [key for key, value in state(net).items() if not torch.equal(value, before[key])]
-    assert changed == []
-    assert scaler.get_scale() == 2.0**11
-    one_step(2, overflow=False)
-    assert moved(net, points_of(before)) == list(BINARY_LAYERS)
+    if (
+        name == "sgd" and fused
+    ):  # after a skipped first step torch takes its momentum from fresh memory, whatever is in it
+        one_step(9, overflow=False)
+    for seed in (0, 2):
+        before = one_step(seed, overflow=True)
+        changed = [key for key, value in state(net).items() if not torch.equal(value, before[key])]
+        assert changed == []
+        one_step(seed + 1, overflow=False)
+        assert moved(net, points_of(before)) == list(BINARY_LAYERS)
+        assert all(value.isfinite().all() for value in state(net).values())
+    assert scaler.get_scale() == 2.0**10
 
 
 @each_mode

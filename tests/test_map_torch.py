@@ -139,3 +139,7 @@ def test_compiles_in_one_graph_with_equal_values_and_gradients(space: str) -> No
         outputs.append((x.detach(), torch.autograd.grad(x.pow(2).sum(), latent)[0]))
     for mine, reference in zip(*outputs, strict=True):
         assert torch.allclose(mine, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_no_points_at_all() -> None:
+    assert exp_map(torch.zeros(0, 4), torch.zeros(0, 4), 0.5).shape == (0, 4)

@@ -5,7 +5,7 @@ held-out training images; the whole grid at a short schedule first, then its bes
 with the winner then train on all training images and are read on the test set, after the last epoch.
 
 An ablation asks what a part of one arm does, all else equal: every arm trains with what the tuning chose for that one.
-So does an arm that is another one's successor (``Arm.tuned_as``).
+An arm may also take another one's settings, such as its predecessor's (``Arm.tuned_as``).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Study:
         if self.ablated:
             return self.ablated
         chosen = self.arms[arm]
-        if chosen.tuned_as is None or (chosen.tuned_as_on is not None and case.host not in chosen.tuned_as_on):
+        if chosen.tuned_as is None or (chosen.tuned_as_on is not None and str(case) not in chosen.tuned_as_on):
             return arm
         return chosen.tuned_as
 
