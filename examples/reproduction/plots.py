@@ -32,10 +32,15 @@ def _legend(axis: Axes) -> None:
 
 
 def draw_differences(study: Study, lines: Lines, path: Path) -> None:
-    """Each arm's paired difference from the reference with its 95 % t interval (Tables II and V, ablation)."""
+    """Each arm's paired difference from the reference with its 95 % t interval (Tables II and V, ablation).
+
+    A case without any is left out; if all are, the picture has empty panels.
+    """
     arms = [arm for arm in study.arms if arm != study.reference]
-    figure, axes = _panels(len(study.cases), 5, 0.6 * len(arms) + 1.4)
-    for axis, case in zip(axes, study.cases, strict=True):
+    known = [case for case in study.cases if any(difference(study, case, arm, lines) for arm in arms)]
+    cases = known or study.cases
+    figure, axes = _panels(len(cases), 5, 0.6 * len(arms) + 1.4)
+    for axis, case in zip(axes, cases, strict=True):
         axis.axvline(0, color="0.6", linewidth=1)
         for height, arm in enumerate(reversed(arms)):
             found = difference(study, case, arm, lines)
