@@ -62,9 +62,8 @@ def test_a_step_that_grad_scaler_skips_leaves_everything_as_it_was(
         scaler.update()
         return before
 
-    if (
-        name == "sgd" and fused
-    ):  # after a skipped first step torch takes its momentum from fresh memory, whatever is in it
+    # after a skipped first step torch's fused SGD takes its momentum from fresh memory, whatever is in it
+    if name == "sgd" and fused:
         one_step(9, overflow=False)
     for seed in (0, 2):
         before = one_step(seed, overflow=True)

@@ -47,6 +47,5 @@ def test_training_is_the_same(monkeypatch: pytest.MonkeyPatch, rule: str, per: s
     seen, unseen = each(look=True), each(look=False)
     assert seen.keys() == unseen.keys()
     for name, tensor in seen.items():
-        torch.testing.assert_close(
-            unseen[name], tensor, rtol=1e-6, atol=1e-8, equal_nan=True
-        )  # Adam enlarges roundings
+        # Adam enlarges roundings
+        torch.testing.assert_close(unseen[name], tensor, rtol=1e-6, atol=1e-8, equal_nan=True)
