@@ -1,11 +1,11 @@
-"""One forward of a model: the scalars of all its layers' maps worked out together.
+"""One forward of a model: the maps of all its layers worked out together.
 
 A map's scalars are some hundred operations on one number a point. Layer by layer they would be most of the plugin's
 cost in a small network, and most of its kernels on a GPU; over all layers at once they cost what one layer's cost.
 
-This lasts from the beginning of the model's forward to its end, in which nobody changes a latent, and each read takes
-what was prepared for it once. Any other read of a weight works its own scalars out: between two forwards a latent may
-change unseen (``.data`` edits bump no version), and what is kept from step to step could be stale.
+This lasts from the beginning of the model's forward to its end, in which nobody changes a latent, and each weight is
+read from it once. Any other read works its own map out: between two forwards a latent may change unseen (``.data``
+edits bump no version), and what is kept from step to step could be stale.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ from typing import Any
 import torch
 from torch import nn
 
-from .epc import prepare
+from .epc import exp_maps
 from .parametrization import Parametrized
 
 __all__ = ["install_batching", "remove_batching"]
 
 
 def install_batching(model: nn.Module) -> None:
-    """From now on ``model(...)`` prepares the maps of the layers inside."""
-    if _prepare_all in model._forward_pre_hooks.values():
+    """From now on ``model(...)`` works out the maps of the layers inside together."""
+    if _map_all in model._forward_pre_hooks.values():
         return
-    model.register_forward_pre_hook(_prepare_all)
+    model.register_forward_pre_hook(_map_all)
     model.register_forward_hook(_forget_all, always_call=True)  # also when it raises
 
 
 def remove_batching(model: nn.Module) -> None:
     """Undo :func:`install_batching`."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key in [key for key, hook in hooks.items() if hook in (_prepare_all, _forget_all)]:
+        for key in [key for key, hook in hooks.items() if hook in (_map_all, _forget_all)]:
             del hooks[key]
             model._forward_hooks_always_called.pop(key, None)
 
 
-def _prepare_all(model: nn.Module, _: Any) -> None:
+def _map_all(model: nn.Module, _: Any) -> None:
     if torch.compiler.is_compiling():  # a compiler fuses the scalars itself
         return
     clusters = [epc for epc in _clusters(model) if epc.foresees_its_map]
-    for epc, prepared in zip(clusters, prepare([epc.map_of(epc.parameter.detach()) for epc in clusters])):
-        epc.prepared = prepared
+    for epc, mapped in zip(clusters, exp_maps([epc.map_of(epc.parameter.detach()) for epc in clusters])):
+        epc.mapped = mapped
 
 
 def _forget_all(model: nn.Module, *_: Any) -> None:
     if not torch.compiler.is_compiling():
         for epc in _clusters(model):
-            epc.prepared = None
+            epc.mapped = None
 
 
 def _clusters(model: nn.Module) -> list[Parametrized]:

@@ -30,14 +30,13 @@ from .scalars import Radius, Slopes, Space, side_by_side
 
 __all__ = [
     "Map",
-    "Prepared",
+    "Mapped",
     "exp_map",
-    "exp_map_prepared",
+    "exp_map_mapped",
     "exp_maps",
     "log_map",
     "mobius_add",
     "mobius_scale",
-    "prepare",
     "pull_back",
 ]
 
@@ -58,15 +57,15 @@ class Map(NamedTuple):
         return tuple(1 if d in covered else n for d, n in enumerate(self.latent.shape))
 
 
-class Prepared(NamedTuple):
-    """What a map needs beside its vectors."""
+class Mapped(NamedTuple):
+    """A map's result and what its backward needs beside the vectors."""
 
+    weight: Tensor
+    """x, in memory of its own."""
     scalars: Tensor
     """(9, ...), size 1 in the map's dims: :func:`_table`, and v's taming."""
     careful: bool
     """Whether v has to be tamed."""
-    out: Tensor
-    """Memory for the result; holds the tamed v until then, where care is taken."""
 
 
 _GRAM = ((0, 0), (1, 1), (0, 1))
@@ -89,29 +88,24 @@ def _taming(v: Tensor, dims: Dims) -> Tensor:
 
 
 @torch.no_grad()
-def prepare(maps: Sequence[Map]) -> list[Prepared]:
-    """The scalars of several maps, worked out together, and fresh memory for their results."""
-    made: dict[int, Prepared] = {}
-    for members in _alike(maps):
-        together = [maps[i] for i in members]
-        out = [torch.empty_like(m.latent) for m in together]
-        scalars, careful, _ = _scalars(together, out)
-        shapes = [m.scalar_shape for m in together]
-        parts = scalars.split([math.prod(shape) for shape in shapes], dim=1)
-        entries = zip((part.reshape(len(part), *shape) for part, shape in zip(parts, shapes)), careful, out)
-        made.update(zip(members, (Prepared(*entry) for entry in entries)))
-    return [made[i] for i in range(len(maps))]
+def exp_maps(maps: Sequence[Map], out: Sequence[Tensor] | None = None) -> list[Mapped]:
+    """:func:`exp_map` of all maps together, in fresh memory or into ``out``, of the latents' shapes and dtypes.
 
-
-@torch.no_grad()
-def exp_maps(maps: Sequence[Map], out: Sequence[Tensor]) -> None:
-    """:func:`exp_map` of all maps together, into ``out``, of the latents' shapes and dtypes; nothing for autograd."""
+    For autograd to know of them, see :func:`exp_map_mapped`.
+    """
+    out = [torch.empty_like(m.latent) for m in maps] if out is None else out
+    made: dict[int, Mapped] = {}
     for members in _alike(maps):
         together, memory = [maps[i] for i in members], [out[i] for i in members]
-        scalars, _, latents = _scalars(together, memory)
+        scalars, careful, latents = _scalars(together, memory)
         alpha, beta = scalars[_RESULT]
+        shapes = [m.scalar_shape for m in together]
         vectors = [(v, m.point) for v, m in zip(latents, together)]
-        combine_each(torch.stack([beta, alpha]), vectors, [m.scalar_shape for m in together], memory)
+        combine_each(torch.stack([beta, alpha]), vectors, shapes, memory)
+        parts = scalars.split([math.prod(shape) for shape in shapes], dim=1)
+        entries = zip(memory, (part.reshape(len(part), *shape) for part, shape in zip(parts, shapes)), careful)
+        made.update(zip(members, (Mapped(*entry) for entry in entries)))
+    return [made[i] for i in range(len(maps))]
 
 
 @torch.no_grad()
@@ -186,15 +180,11 @@ class _Exp(torch.autograd.Function):
     """x = αp + βv with the closed-form backward; differentiable twice, and over vmap."""
 
     @staticmethod
-    def forward(
-        p: Tensor, v: Tensor, prepared: Prepared | None, r: Radius, space: Space, dims: Dims
-    ) -> tuple[Tensor, Tensor, bool]:
-        scalars, careful, out = prepared or prepare([Map(p, v, r, space, dims)])[0]
-        alpha, beta = scalars[_RESULT].to(v.dtype)
-        return combine((beta, alpha), (out if careful else v, p), out=out), scalars, careful
+    def forward(p: Tensor, v: Tensor, mapped: Mapped | None, r: Radius, space: Space, dims: Dims) -> Mapped:
+        return mapped or exp_maps([Map(p, v, r, space, dims)])[0]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, bool]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Mapped) -> None:
         p, v, _, ctx.r, ctx.space, ctx.dims = inputs
         ctx.careful = output[2]
         ctx.mark_non_differentiable(output[1])
@@ -272,9 +262,9 @@ def exp_map(p: Tensor, v: Tensor, radius: Radius, space: Space = ball, dims: Dim
     return x.to(v.dtype)
 
 
-def exp_map_prepared(of: Map, prepared: Prepared) -> Tensor:
-    """:func:`exp_map` of a map that :func:`prepare` was called for, and whose vectors are the same still."""
-    x: Tensor = _Exp.apply(of.point, of.latent, prepared, of.radius, of.space, of.dims)[0]  # type: ignore[no-untyped-call]
+def exp_map_mapped(of: Map, mapped: Mapped) -> Tensor:
+    """:func:`exp_map` of a map that :func:`exp_maps` has worked out, and whose vectors are the same still."""
+    x: Tensor = _Exp.apply(of.point, of.latent, mapped, of.radius, of.space, of.dims)[0]  # type: ignore[no-untyped-call]
     return x
 
 

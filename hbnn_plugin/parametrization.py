@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .cluster import EPC, find
-from .epc import Prepared, exp_map_prepared
+from .epc import Mapped, exp_map_mapped
 from .sharding import whole
 from .watching import StepWatch
 
@@ -38,7 +38,7 @@ class Parametrized(EPC):
     def __init__(self, weight: Tensor, *args: Any, **kwargs: Any) -> None:
         super().__init__(weight, *args, **kwargs)
         self._bypass = False
-        self.prepared: Prepared | None = None
+        self.mapped: Mapped | None = None
         self._watch = StepWatch()
         self._reads_to_watch = _WATCHED_READS
         self._last_read: tuple[Tensor, float] | None = None
@@ -98,9 +98,9 @@ class Parametrized(EPC):
             return whole(latent)
         if torch.compiler.is_compiling():  # which fuses by itself, and would guard on every counter that it meets
             return self.weight_of(latent)
-        prepared, self.prepared = self.prepared, None  # to be read once
-        if prepared is not None and self.owner is not None and latent is self.owner[0].original:
-            weight = exp_map_prepared(self.map_of(latent), prepared).reshape(latent.shape)
+        mapped, self.mapped = self.mapped, None  # to be read once
+        if mapped is not None and self.owner is not None and latent is self.owner[0].original:
+            weight = exp_map_mapped(self.map_of(latent), mapped).reshape(latent.shape)
         else:
             weight = self.weight_of(latent)
         if type(latent) is nn.Parameter:

@@ -1,4 +1,4 @@
-"""One forward prepares the maps of all its layers; nothing prepared is ever used for other values."""
+"""One forward works out the maps of all its layers; nothing worked out is ever used for other values."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_output_and_gradients_are_those_of_single_layers(space: str, per: str) -
     net(images()).square().sum().backward()
     together = {name: p.grad.clone() for name, p in net.named_parameters()}
     net.zero_grad()
-    net.forward(images()).square().sum().backward()  # a direct call prepares nothing
+    net.forward(images()).square().sum().backward()  # a direct call works nothing out
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(together[name], parameter.grad, rtol=1e-6, atol=1e-8)
 
 
-def test_a_forward_prepares_every_layer_once_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_maps_every_layer_once_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from hbnn_plugin import epc  # noqa: PLC0415
 
     net, batches = applied(), []
@@ -59,7 +59,7 @@ def test_a_forward_prepares_every_layer_once_and_leaves_nothing(monkeypatch: pyt
     monkeypatch.setattr(epc, "_scalars", lambda maps, out: batches.append(len(maps)) or original(maps, out))
     net(images())
     assert batches == [len(BINARY_LAYERS)]
-    assert all(epc.prepared is None for epc in clusters(net))
+    assert all(epc.mapped is None for epc in clusters(net))
 
 
 def test_edits_that_bump_no_version_are_seen() -> None:
@@ -71,7 +71,7 @@ def test_edits_that_bump_no_version_are_seen() -> None:
     assert not torch.equal(net(images()), before)
 
 
-def test_a_part_that_was_prepared_and_not_run_sees_later_edits() -> None:
+def test_a_part_that_was_mapped_and_not_run_sees_later_edits() -> None:
     class TwoParts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -95,18 +95,18 @@ def test_after_a_forward_that_raised_edits_are_seen() -> None:
     assert torch.equal(net(images()), plain(net)(images()))
 
 
-def test_after_a_forward_that_raised_nothing_prepared_is_left() -> None:
+def test_after_a_forward_that_raised_nothing_mapped_is_left() -> None:
     net = applied()
     with pytest.raises(RuntimeError):
         net(torch.zeros(1, 7, 8, 8))
-    assert all(epc.prepared is None for epc in clusters(net))
+    assert all(epc.mapped is None for epc in clusters(net))
     for layer in clusters(net):
         layer.parameter.data.mul_(-0.7)
     for name in BINARY_LAYERS:
         assert torch.equal(getattr(net, name).weight, getattr(plain(net), name).weight)
 
 
-def test_applied_twice_to_one_model_each_map_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_applied_twice_to_one_model_each_map_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from hbnn_plugin import epc  # noqa: PLC0415
 
     net, batches = tiny_net(SmoothConv), []
@@ -122,7 +122,7 @@ def test_applied_twice_to_one_model_each_map_is_prepared_once(monkeypatch: pytes
     assert not net._forward_hooks_always_called
 
 
-def test_latents_that_wait_elsewhere_are_not_prepared() -> None:
+def test_latents_that_wait_elsewhere_are_not_mapped() -> None:
     net = applied()
     for layer in clusters(net):
         layer.register_buffer("point", layer.point.to("meta"))  # as a replica's or an offloaded model's

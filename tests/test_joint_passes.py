@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hbnn_plugin import ball, joint_passes, sphere
-from hbnn_plugin.epc import Map, exp_map, exp_map_prepared, exp_maps, prepare, pull_back
+from hbnn_plugin.epc import Map, exp_map, exp_map_mapped, exp_maps, pull_back
 from hbnn_plugin.joint_passes import combine_each, inner_products
 from map_points import inside, on_sphere
 
@@ -101,15 +101,18 @@ def maps() -> list[Map]:
 def test_maps_of_several_layers_and_their_gradients() -> None:
     several = maps()
     memory = [torch.empty_like(m.latent) for m in several]
-    exp_maps(several, memory)
+    assert all(made.weight is x for made, x in zip(exp_maps(several, memory), memory, strict=True))
     upstreams = [torch.randn_like(m.latent) for m in several]
     pulled = pull_back(several, upstreams)
-    prepared = prepare(several)
-    for m, x, upstream, gradient, ready in zip(several, memory, upstreams, pulled, prepared, strict=True):
+    mapped = exp_maps(several)
+    for m, x, upstream, gradient, made in zip(several, memory, upstreams, pulled, mapped, strict=True):
         latent = m.latent.clone().requires_grad_()
         alone = exp_map(m.point, latent, m.radius, m.space, m.dims)
         (expected,) = torch.autograd.grad(alone, latent, upstream)
         torch.testing.assert_close(x, alone.detach(), rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(exp_map_prepared(m, ready), alone.detach(), rtol=2e-6, atol=1e-6)
-    assert [entry.careful for entry in prepared] == [False, True, True, False, False, False]
+        read = exp_map_mapped(m._replace(latent=latent), made)
+        torch.testing.assert_close(read, alone, rtol=2e-6, atol=1e-6)
+        (through,) = torch.autograd.grad(read, latent, upstream)
+        torch.testing.assert_close(through, expected, rtol=1e-5, atol=1e-6)
+    assert [made.careful for made in mapped] == [False, True, True, False, False, False]

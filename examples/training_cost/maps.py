@@ -87,9 +87,9 @@ def measure_map(layers: Sequence[Weights], turns: int, compiled: bool = True) ->
         return lambda: [exp(w) for w in layers]
 
     def plugin() -> Sequence[Tensor]:
-        """As in a model's forward: the scalars of all layers together."""
+        """As in a model's forward: all layers together."""
         maps = [epc.Map(w.point, w.latent, RADIUS, ball, w.dims) for w in layers]
-        return [epc.exp_map_prepared(*pair) for pair in zip(maps, epc.prepare(maps), strict=True)]
+        return [epc.exp_map_mapped(*pair) for pair in zip(maps, epc.exp_maps(maps), strict=True)]
 
     def floor() -> None:
         for w in layers:  # two fresh tensors at a time, as a map's result and its gradient are
