@@ -106,14 +106,15 @@ class QuadraticSign(torch.autograd.Function):
 class _ClippedSign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x.abs() <= 1)
+        ctx.save_for_backward(x)
         return sign(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (inside,) = ctx.saved_tensors
-        masked: Tensor = grad * inside
-        return masked
+        (x,) = ctx.saved_tensors
+        # 1 for |x| <= 1, else 0. A comparison would be kept as bools by torch.compile, whose code for them is slow.
+        inside: Tensor = (2 - x.abs()).floor_().clamp_(0, 1)
+        return inside.mul_(grad)
 
 
 def clipped_sign(x: Tensor) -> Tensor:
