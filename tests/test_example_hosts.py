@@ -106,6 +106,22 @@ def test_binary_weight_is_what_forward_convolves_with(name: str, training: bool)
     assert torch.equal(layer.binary_weight() > 0, layer.weight > 0)  # what FlipMeter compares
 
 
+@pytest.mark.parametrize("name", sorted(HOSTS))
+def test_a_layer_compiles_in_one_graph_to_the_same_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    layer, x, upstream = HOSTS[name].conv(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5)
+    HOSTS[name].set_progress(layer, 0.5)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (layer, compiled):
+        pixels = x.clone().requires_grad_()
+        y = run(pixels)
+        results.append((y, *torch.autograd.grad(y, [pixels, *layer.parameters()], upstream)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 # -- schedules --------
 
 
