@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["draw_curves", "draw_differences", "draw_flips", "draw_radii", "draw_surfaces"]
 
 
-def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, width: float, height: float, *, sharex: bool = False) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width * count, height), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    return figure, list(figure.subplots(1, count, squeeze=False, sharex=sharex)[0])
 
 
 def _legend(axis: Axes) -> None:
@@ -39,7 +39,7 @@ def draw_differences(study: Study, lines: Lines, path: Path) -> None:
     arms = [arm for arm in study.arms if arm != study.reference]
     known = [case for case in study.cases if any(difference(study, case, arm, lines) for arm in arms)]
     cases = known or study.cases
-    figure, axes = _panels(len(cases), 5, 0.6 * len(arms) + 1.4)
+    figure, axes = _panels(len(cases), 5, 0.6 * len(arms) + 1.4, sharex=True)
     for axis, case in zip(axes, cases, strict=True):
         axis.axvline(0, color="0.6", linewidth=1)
         for height, arm in enumerate(reversed(arms)):
@@ -78,22 +78,27 @@ def draw_radii(study: Study, lines: Lines, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _over_epochs(axis: Axes, curves: Sequence[Sequence[float]], label: str) -> None:
+def _over_epochs(axis: Axes, curves: Sequence[Sequence[float]], label: str, color: str) -> None:
     """Mean and standard deviation over seeds."""
     values = 100 * np.asarray(curves, dtype=float)
     epochs = np.arange(1, values.shape[1] + 1)
-    (line,) = axis.plot(epochs, values.mean(0), label=f"{label} ({len(values)})")
-    axis.fill_between(epochs, values.mean(0) - values.std(0), values.mean(0) + values.std(0), alpha=0.2, lw=0)
-    line.set_linewidth(1.5)
+    mean, std = values.mean(0), values.std(0)
+    axis.plot(epochs, mean, color=color, linewidth=1.5, label=f"{label} ({len(values)})")
+    axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, lw=0)
+
+
+def _colors(study: Study) -> list[tuple[str, str]]:
+    """An arm's colour is the same in every panel."""
+    return [(f"C{place}", arm) for place, arm in enumerate(study.arms)]
 
 
 def draw_curves(study: Study, lines: Lines, path: Path) -> None:
     """Test accuracy over the epochs, mean ± standard deviation over the seeds in brackets (Fig. 4)."""
     figure, axes = _panels(len(study.cases), 5, 3.5)
     for axis, case in zip(axes, study.cases, strict=True):
-        for arm in study.arms:
+        for color, arm in _colors(study):
             if found := finished(study, case, arm, lines):
-                _over_epochs(axis, [line["accuracy"] for line in found], arm)
+                _over_epochs(axis, [line["accuracy"] for line in found], arm, color)
         axis.set(title=str(case), xlabel="epoch", ylabel="test accuracy, % (mean ± std)")
         _legend(axis)
     figure.savefig(path, dpi=150)
@@ -106,14 +111,16 @@ def draw_flips(study: Study, lines: Lines, path: Path) -> None:
     rows = figure.subplots(2, count, squeeze=False)
     for case, by_layer, by_epoch in zip(study.cases, *rows, strict=True):
         layers: list[str] = []
-        for arm in study.arms:
+        for color, arm in _colors(study):
             found = finished(study, case, arm, lines)
             if not found:
                 continue
             layers = list(found[0]["flip_ratios"])
             last = 100 * np.array([[line["flip_ratios"][layer][-1] for layer in layers] for line in found])
-            by_layer.errorbar(range(len(layers)), last.mean(0), last.std(0), marker="o", capsize=3, label=arm)
-            _over_epochs(by_epoch, [line["flip_ratio"] for line in found], arm)
+            by_layer.errorbar(
+                range(len(layers)), last.mean(0), last.std(0), marker="o", capsize=3, color=color, label=arm
+            )
+            _over_epochs(by_epoch, [line["flip_ratio"] for line in found], arm, color)
         by_layer.axhline(50, color="0.8", linewidth=1)
         by_layer.set(title=str(case), ylabel="flipped since the start, % (mean ± std)")
         by_layer.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
