@@ -13,7 +13,7 @@ from reproduction.experiments import EXPERIMENTS
 from reproduction.presets import PRESETS
 from reproduction.protocol import Lines
 from reproduction.report import write_report
-from reproduction.tables import comparison_table, difference, search_table
+from reproduction.tables import comparison_table, difference, search_table, tuning_table
 from study_lines import finish, line
 
 if TYPE_CHECKING:
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 SMOKE = PRESETS["smoke"]
 CASES = EXPERIMENTS["table5"].cases(SMOKE, ["irnet"], ["resnet8"])
+
+
+def test_the_tuning_table_says_what_diverged() -> None:
+    study = EXPERIMENTS["table5"].study(SMOKE, CASES, [BARE])
+    first, second = study.grid(CASES[0], BARE)
+    table = tuning_table(study, Lines([{"config": first.config, "diverged": "nan"}, line(second, 0.25)]))
+    assert table.splitlines()[2:] == ["| 0.1, 0.0005 | diverged |", "| 0.3, 0.0005 | 25.0 |"]
 
 
 def test_seeds_are_paired() -> None:

@@ -76,7 +76,7 @@ PRESETS = {
         compiled=False,
     ),
     "small": Preset(
-        (Task("cifar10", "resnet8", 16, 40, 128, (0.1, 0.3, 0.6), (1e-4, 2e-4, 5e-4), short_epochs=10),),
+        (Task("cifar10", "resnet8", 16, 40, 128, (0.1, 0.3, 0.6, 1.2), (1e-4, 2e-4, 5e-4), short_epochs=10),),
         seeds=5,
         rungs=((10, 18), (20, 5), (40, 2)),
     ),

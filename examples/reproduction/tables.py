@@ -116,7 +116,7 @@ def _tuning(study: Study, case: Case, lines: Lines) -> str:
 def _tuned(study: Study, case: Case, arm: str, point: tuple[float, float], lines: Lines) -> str:
     rounds = study.grid(case, arm), study.finals(case, arm, lines)
     found = [
-        f"{100 * lines.accuracy(run):.1f}"
+        "diverged" if "diverged" in lines.of(run) else f"{100 * lines.accuracy(run):.1f}"
         for runs in rounds
         for run in runs
         if run in lines and (run.recipe.lr, run.recipe.weight_decay) == point
