@@ -227,3 +227,14 @@ def test_the_point_step_is_equation_9(p: Tensor, g: Tensor, share: float, size: 
     within = expected.norm(dim=-1) < (1 - 2 * ball.MARGIN) * r**-0.5
     ours = a[:, None] * p + b[:, None] * g
     assert torch.allclose(ours[within], expected[within], rtol=0, atol=1e-10 * r**-0.5)
+
+
+@pytest.mark.parametrize("y", [1e-30, 1e-9, 1e-4, 9.9e-4, 1.01e-3, 0.1, 1.0, 9.0])
+def test_ratios_of_tanh_on_both_sides_of_their_series(y: float) -> None:
+    """T = tanh(z)/z, S = 1/cosh²(z) and W = (T − S)/z², y = z²: all slopes of the ball's map are made of them."""
+    found = ball._tanh_ratio(torch.tensor(y, dtype=torch.float64))
+    with mpmath.workdps(80):
+        z = mpmath.sqrt(mpmath.mpf(y))
+        t, s = mpmath.tanh(z) / z, mpmath.sech(z) ** 2
+        expected = [float(t), float(s), float((t - s) / z**2)]
+    assert [x.item() for x in found] == pytest.approx(expected, rel=1e-12)
