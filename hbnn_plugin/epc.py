@@ -186,9 +186,9 @@ class _Exp(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Mapped) -> None:
         p, v, _, ctx.r, ctx.space, ctx.dims = inputs
-        ctx.careful = output[2]
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(p, v, output[1])
+        _, scalars, ctx.careful = output
+        ctx.mark_non_differentiable(scalars)
+        ctx.save_for_backward(p, v, scalars)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
