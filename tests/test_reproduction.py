@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,16 @@ def test_a_diverged_run_loses_the_tuning() -> None:
     done[0] = {"config": done[0]["config"], "diverged": "The training loss is nan"}
     (final,) = s.finals(CASE, "bare", Lines(done))
     assert final.recipe.lr == TASK.learning_rates[1]
+
+
+def test_every_finalist_has_a_learning_rate_of_its_own_and_its_best_decay() -> None:
+    task = replace(TASK, learning_rates=(0.1, 0.3, 0.6), weight_decays=(1e-4, 5e-4), finalists=2)
+    s = Study([Case(task, CASE.host)], {"bare": ARMS["bare"]}, 1, compiled=False)
+    accuracy = {(0.6, 1e-4): 0.5, (0.6, 5e-4): 0.49, (0.3, 5e-4): 0.48, (0.3, 1e-4): 0.47}
+    grid = s.grid(s.cases[0], "bare")
+    done = [line(run, accuracy.get((run.recipe.lr, run.recipe.weight_decay), 0.4)) for run in grid]
+    finals = s.finals(s.cases[0], "bare", Lines(done))
+    assert [(run.recipe.lr, run.recipe.weight_decay) for run in finals] == [(0.6, 1e-4), (0.3, 5e-4)]
 
 
 def test_a_name_changes_no_configuration_and_every_option_does() -> None:

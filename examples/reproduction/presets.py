@@ -22,8 +22,8 @@ class Task:
     weight_decays: tuple[float, ...]
     short_epochs: int = 0
     """Of the first tuning round, which sees the whole grid; a grid of one point is not tuned."""
-    finalists: int = 2
-    """Points of the grid that reach the second tuning round, of the full length."""
+    finalists: int = 3
+    """Learning rates that reach the second tuning round, of the full length, each with its best weight decay."""
     readout: int = 1
     """Accuracy is the mean over so many last epochs."""
     limit: int | None = None

@@ -1,7 +1,8 @@
 """Which runs a comparison needs next, given the lines so far.
 
 Protocol, the same for every arm: the learning rate and the weight decay come from the same grid, by accuracy on
-held-out training images; the whole grid at a short schedule first, then its best points at the full one. Fresh seeds
+held-out training images; the whole grid at a short schedule first, then the best learning rates at the full one, each
+with its best decay: a short schedule favours large rates, so one rate alone must not fill the second round. Fresh seeds
 with the winner then train on all training images and are read on the test set, after the last epoch.
 
 An ablation asks what a part of one arm does, all else equal: every arm trains with what the tuning chose for that one.
@@ -129,7 +130,11 @@ class Study:
         grid = self.grid(case, arm)
         if not lines.done(grid):
             return []
-        best = sorted(grid, key=lines.accuracy, reverse=True)[: case.task.finalists]
+        ranked = sorted(grid, key=lines.accuracy, reverse=True)
+        by_rate: dict[float, Run] = {}
+        for run in ranked:
+            by_rate.setdefault(run.recipe.lr, run)
+        best = list(by_rate.values())[: case.task.finalists]
         return [
             self.run(case, arm, run.recipe.lr, run.recipe.weight_decay, case.task.epochs, TUNING_SEED, "validation")
             for run in best
@@ -166,7 +171,8 @@ class Study:
         left, known = 0, []
         for case, arm in self.tuned_pairs:
             task, grid = case.task, self.grid(case, arm)
-            left += len(grid) * task.short_epochs + bool(grid) * task.finalists * task.epochs
+            finals = min(task.finalists, len(task.learning_rates)) if grid else 0
+            left += len(grid) * task.short_epochs + finals * task.epochs
             known += [*grid, *self.finals(case, arm, lines)]
         for case, arm in self.pairs:
             left += self.seeds * case.task.epochs
