@@ -27,7 +27,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 import checkpoints
 from latency.cases import EQUALITY, INFERENCE, QUICK, TRAINING
 from latency.report import draw, tables
-from measuring import circumstances
+from provenance import circumstances
 from reproduction import ledger
 
 if TYPE_CHECKING:

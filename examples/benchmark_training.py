@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from measuring import circumstances
+from provenance import circumstances
 from reproduction import ledger
 from training_cost.cases import CASES
 from training_cost.tables import report

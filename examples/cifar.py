@@ -7,6 +7,7 @@ records: one byte of label, then 32 × 32 bytes of red, of green, of blue. ``cif
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["load"]
+__all__ = ["checksum", "load"]
 
 PIXEL_BYTES = 3 * 32 * 32
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
@@ -100,6 +101,13 @@ def load(data: Path, size: int = 32, limit: int | None = None, classes: int = 10
     train, test = (_read_split(folder, layout, files, size, limit) for files in (layout.train, layout.test))
     # A crop may shift by an eighth of the image: the usual 4 pixels of 32.
     return Images(*train, layout.mean, layout.std, shift=size // 8, flip=True), Images(*test, layout.mean, layout.std)
+
+
+def checksum(data: Path, classes: int = 10) -> str:
+    """CRC-32 of the test images' file, in hexadecimal digits: another for a copy that was compressed on its way."""
+    layout = LAYOUTS[classes]
+    folder = _find(data, layout)
+    return format(zlib.crc32(b"".join((folder / name).read_bytes() for name in layout.test)), "08x")
 
 
 def _find(data: Path, layout: _Layout) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import zlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from distributed import World
 
-__all__ = ["ImageFolder", "load"]
+__all__ = ["ImageFolder", "checksum", "load"]
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -137,6 +138,13 @@ def load(
     if limit is not None:
         train, val = (images.pick(_shuffled(len(images))[:limit]) for images in (train, val))
     return replace(train, augmented=True), val
+
+
+def checksum(data: Path) -> str:
+    """CRC-32 of the evaluation images' names and sizes, in hexadecimal digits."""
+    files = sorted((data / "val").glob("*/*"))
+    listing = "".join(f"{file.relative_to(data)} {file.stat().st_size}\n" for file in files)
+    return format(zlib.crc32(listing.encode()), "08x")
 
 
 def _classes(folder: Path) -> list[str]:

@@ -6,23 +6,18 @@ a time or of a ratio of two times of the same turn, with a 95 % bootstrap interv
 
 from __future__ import annotations
 
-import platform
-import subprocess
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy import stats  # type: ignore[import-untyped]
 
-import hbnn_plugin
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["Estimate", "circumstances", "in_turns", "median", "ratio"]
+__all__ = ["Estimate", "in_turns", "median", "ratio"]
 
 LEVEL = 0.95
 
@@ -71,24 +66,3 @@ def median(values: Sequence[float]) -> Estimate:
 def ratio(mine: Sequence[float], other: Sequence[float]) -> Estimate:
     """Of ``mine`` to ``other``, turn by turn."""
     return median([a / b for a, b in zip(mine, other)])
-
-
-def circumstances(threads: int) -> dict[str, Any]:
-    """Machine, versions and commit, for a line."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {
-        "commit": commit,
-        "machine": f"{device}, {threads} CPU thread{'s' * (threads > 1)}",
-        "torch": torch.__version__,
-        "plugin": hbnn_plugin.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -24,7 +24,7 @@ from hosts.networks import NETWORKS
 from reproduction import ledger
 from reproduction.arms import ARMS
 from reproduction.experiments import EXPERIMENTS
-from reproduction.pool import run_missing, run_together
+from reproduction.pool import require_same_images, run_missing, run_together
 from reproduction.presets import PRESETS
 from reproduction.protocol import Lines
 from reproduction.report import write_report
@@ -49,13 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.plan:
             for run in comparison.missing(lines):
                 print(run)
-            for pair in missing_surfaces(study, surfaces) if surfaces else ():
+            for pair in missing_surfaces(study, lines, surfaces) if surfaces else ():
                 print("surface of", *pair)
         elif args.report:
             write_report(
                 args.experiment, comparison, lines, args.results / f"{args.experiment}-{args.preset}", surfaces
             )
         else:
+            require_same_images(path, (case.task.dataset for case in cases), args.data)
             world = World.from_environment()
             if world.size > 1:
                 run_together(comparison, args.data, path, args.runs, world)

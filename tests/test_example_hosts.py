@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import hbnn_plugin
-from hosts import HOSTS, binary_layers, binaryconnect, mdtanh, plain
+from hosts import HOSTS, binary_layers, binaryconnect, mdtanh, plain, siman
 from hosts.common import BinaryConv
 from hosts.networks import ResNet, resnet8
 from training import Recipe, make_optimizer
@@ -146,6 +146,11 @@ def test_mdtanh_goes_from_the_latent_weight_to_its_sign() -> None:
     assert shares == sorted(shares)
     assert shares[0] < 0.01
     assert shares[-1] > 0.99
+
+
+def test_siman_scales_start_at_the_mean_magnitude_of_the_weights_that_the_network_drew() -> None:
+    for _, layer in binary_layers(resnet8(siman.BinaryConv2d)):
+        torch.testing.assert_close(layer.scale.flatten(), layer.weight.abs().mean((1, 2, 3)))
 
 
 def test_mdtanh_keeps_beta_in_checkpoints() -> None:

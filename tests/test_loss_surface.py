@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from images import Images
@@ -42,6 +42,24 @@ def test_a_network_of_other_scale_and_equal_function_has_the_same_surface() -> N
         model[0].weight.mul_(7)
         model[3].weight.div_(7)
     torch.testing.assert_close(torch.tensor(loss_surface(model, data, 3, 0.5)), surface, rtol=1e-4, atol=1e-5)
+
+
+def test_scales_a_channel_stay() -> None:
+    seen: set[tuple[float, ...]] = set()
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add(tuple(self.scale.flatten().tolist()))
+            return x * self.scale
+
+    model = network()
+    model.insert(1, Scaled())
+    loss_surface(model, images(), 3, 0.5)
+    assert len(seen) == 1
 
 
 def test_other_directions_by_other_seeds() -> None:

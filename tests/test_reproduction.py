@@ -18,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+import cifar
 from reproduction import ledger
 from reproduction.arms import ARMS
+from reproduction.pool import require_same_images
 from reproduction.presets import PRESETS
 from reproduction.protocol import Case, Lines, Study
 from reproduction.runs import Run, execute
@@ -159,6 +161,17 @@ def test_the_ledger_survives_a_torn_last_line_and_names_a_damaged_one(tmp_path: 
     path.write_text('{"a": 1}\n{"b": \n{"c": 3}\n')
     with pytest.raises(ValueError, match="line 2"):
         ledger.read(path)
+
+
+def test_lines_from_another_copy_of_the_images_are_refused(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    run = study().grid(CASE, "bare")[0]
+    require_same_images(path, ["cifar10"], data)  # no lines yet
+    ledger.append(path, {**line(run, 0.5), "dataset_crc32": cifar.checksum(data)})
+    require_same_images(path, ["cifar10"], data)
+    ledger.append(path, {**line(run, 0.5), "dataset_crc32": "0badc0de"})
+    with pytest.raises(ValueError, match=r"another copy of cifar10 .*0badc0de.*--results"):
+        require_same_images(path, ["cifar10"], data)
 
 
 def test_a_run_stopped_after_an_epoch_leaves_the_same_line(data: Path, tmp_path: Path) -> None:

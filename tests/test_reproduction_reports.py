@@ -13,6 +13,7 @@ from reproduction.experiments import EXPERIMENTS
 from reproduction.presets import PRESETS
 from reproduction.protocol import Lines
 from reproduction.report import write_report
+from reproduction.surfaces import missing_surfaces
 from reproduction.tables import comparison_table, difference, search_table, tuning_table
 from study_lines import finish, line
 
@@ -62,11 +63,16 @@ def test_every_experiment_has_its_picture(name: str, tmp_path: Path) -> None:
 def test_surfaces_are_drawn_side_by_side(tmp_path: Path) -> None:
     study = EXPERIMENTS["fig5"].study(SMOKE, CASES)
     path = tmp_path / "fig5.jsonl"
+    lines = Lines(finish(study, lambda run: run.recipe.lr))
     for arm in study.arms:
+        (run,) = study.fresh(CASES[0], arm, lines)
         surface = [[2.0, 1.0], [1.5, 3.0]]
-        ledger.append(path, {"case": str(CASES[0]), "arm": arm, "axis": [-1.0, 1.0], "surface": surface})
-    write_report("fig5", study, Lines([]), tmp_path / "fig5", path)
+        ledger.append(path, {"config": run.config, "axis": [-1.0, 1.0], "surface": surface})
+    assert not missing_surfaces(study, lines, path)
+    write_report("fig5", study, lines, tmp_path / "fig5", path)
     assert (tmp_path / "fig5.png").read_bytes().startswith(b"\x89PNG")
+    tuned_anew = Lines(finish(study, lambda run: 1 - run.recipe.lr))
+    assert missing_surfaces(study, tuned_anew, path) == study.pairs
 
 
 def test_the_search_halves_by_the_gain_over_both_hosts_and_trains_where_the_bare_host_is_best() -> None:

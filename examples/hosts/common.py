@@ -57,6 +57,9 @@ class BinaryConv(nn.Conv2d, ABC):
     def add_state(self) -> None:
         """Register what the host keeps beside its weight: nothing, if it does not say otherwise."""
 
+    def weight_drawn(self) -> None:
+        """A network has drawn the weight: set what starts from it."""
+
     @abstractmethod
     def binary_weight(self) -> Tensor:
         """The tensor that forward convolves with: two values a filter, at the latest in evaluation."""

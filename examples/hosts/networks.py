@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hosts.common import BinaryConv
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -133,6 +135,8 @@ def _initialise(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, BinaryConv):
+            module.weight_drawn()
 
 
 def resnet8(conv: BinaryConvClass, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> ResNet:

@@ -58,8 +58,13 @@ class BinaryConv2d(BinaryConv):
     percent: Tensor
 
     def add_state(self) -> None:
-        self.scale = nn.Parameter(self.weight.detach().abs().mean((1, 2, 3)).view(-1, 1, 1))
+        self.scale = nn.Parameter(torch.empty(self.out_channels, 1, 1))
         self.register_buffer("percent", torch.tensor(PERCENT_START))
+        self.weight_drawn()
+
+    @torch.no_grad()
+    def weight_drawn(self) -> None:
+        self.scale.copy_(self.weight.abs().mean((1, 2, 3)).view(-1, 1, 1))
 
     def binary_weight(self) -> Tensor:
         weight = centre(self.weight)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    import numpy.typing as npt
     from matplotlib.axes import Axes
 
     from reproduction.protocol import Case, Lines, Study
@@ -24,6 +25,12 @@ __all__ = ["draw_curves", "draw_differences", "draw_flips", "draw_radii", "draw_
 def _panels(count: int, width: float, height: float, *, sharex: bool = False) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width * count, height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False, sharex=sharex)[0])
+
+
+def _std(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Over seeds, as in the tables; 0 for one seed."""
+    found = np.asarray(values, dtype=float)
+    return np.asarray(found.std(0, ddof=min(1, len(found) - 1)))
 
 
 def _legend(axis: Axes) -> None:
@@ -69,7 +76,7 @@ def draw_radii(study: Study, lines: Lines, path: Path) -> None:
             for name, arm in study.arms.items():
                 found, options = list(accuracies(study, case, name, lines).values()), arm.options
                 if options and options["space"] == space and found:
-                    points.append((options["radius"], float(np.mean(found)), float(np.std(found))))
+                    points.append((options["radius"], float(np.mean(found)), float(_std(found))))
             if points:
                 radius, mean, std = zip(*sorted(points), strict=True)
                 axis.errorbar(radius, mean, std, marker="o", capsize=3, label=label)
@@ -82,7 +89,7 @@ def _over_epochs(axis: Axes, curves: Sequence[Sequence[float]], label: str, colo
     """Mean and standard deviation over seeds."""
     values = 100 * np.asarray(curves, dtype=float)
     epochs = np.arange(1, values.shape[1] + 1)
-    mean, std = values.mean(0), values.std(0)
+    mean, std = values.mean(0), _std(values)
     axis.plot(epochs, mean, color=color, linewidth=1.5, label=f"{label} ({len(values)})")
     axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, lw=0)
 
@@ -118,7 +125,7 @@ def draw_flips(study: Study, lines: Lines, path: Path) -> None:
             layers = list(found[0]["flip_ratios"])
             last = 100 * np.array([[line["flip_ratios"][layer][-1] for layer in layers] for line in found])
             by_layer.errorbar(
-                range(len(layers)), last.mean(0), last.std(0), marker="o", capsize=3, color=color, label=arm
+                range(len(layers)), last.mean(0), _std(last), marker="o", capsize=3, color=color, label=arm
             )
             _over_epochs(by_epoch, [line["flip_ratio"] for line in found], arm, color)
         by_layer.axhline(50, color="0.8", linewidth=1)

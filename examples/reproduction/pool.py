@@ -14,15 +14,15 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from reproduction import ledger
 from reproduction.protocol import Lines
-from reproduction.runs import Run, checkpoint_path, execute
+from reproduction.runs import Run, checkpoint_path, checksum, execute
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from distributed import World
 
-__all__ = ["Comparison", "run_missing", "run_together"]
+__all__ = ["Comparison", "require_same_images", "run_missing", "run_together"]
 
 
 class Comparison(Protocol):
@@ -52,6 +52,23 @@ def _end_with(parent: int) -> None:
 
 def _work(run: Run, data: Path, folder: Path) -> dict[str, Any]:
     return execute(run, data, folder, lambda: _epochs.put(1))
+
+
+def require_same_images(ledger_path: Path, datasets: Iterable[str], data: Path) -> None:
+    """Raise ValueError if the file's lines of these datasets come from other images than those in ``data``.
+
+    Copies of CIFAR-10 differ by points of accuracy: some went through JPEG.
+    """
+    for dataset in sorted(set(datasets)):
+        mine = checksum(dataset, data)
+        lines = [line for line in ledger.read(ledger_path) if line["config"]["dataset"] == dataset]
+        others = sorted({line["dataset_crc32"] for line in lines} - {mine})
+        if others:
+            raise ValueError(
+                f"{ledger_path} has {len(lines)} runs on another copy of {dataset} (CRC-32 {', '.join(others)}; "
+                f"{data} has {mine}). Arms that saw different images must not be compared: "
+                "give --results a folder of your own."
+            )
 
 
 def run_missing(comparison: Comparison, data: Path, ledger_path: Path, folder: Path, jobs: int) -> None:

@@ -43,7 +43,7 @@ def write_report(
                 "\nTuning: accuracy on held-out training images, short round → full length, in %.\n\n" + tuning + "\n"
             )
         if surfaces:
-            plots.draw_surfaces(comparison.cases, read_surfaces(surfaces), path.with_suffix(".png"))
+            plots.draw_surfaces(comparison.cases, read_surfaces(comparison, lines, surfaces), path.with_suffix(".png"))
         else:
             _PICTURES[experiment](comparison, lines, path.with_suffix(".png"))
     checkpoints.write_text(path.with_suffix(".md"), heading + text)

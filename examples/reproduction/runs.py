@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import statistics
-import subprocess
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +22,7 @@ from distributed import World
 from flips import FlipMeter, OscillationMeter
 from hosts import get_host
 from hosts.networks import NETWORKS
+from provenance import circumstances
 from training import Diverged, Progress, Recipe, fit, make_optimizer
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from hosts import Host
     from images import ImageSet
 
-__all__ = ["Run", "Split", "checkpoint_path", "execute", "final_network", "key_of", "load_images"]
+__all__ = ["Run", "Split", "checkpoint_path", "checksum", "execute", "final_network", "key_of", "load_images"]
 
 Split = Literal["validation", "test"]
 
@@ -94,6 +93,14 @@ def load_images(dataset: str, data: Path, size: int, limit: int | None, split: S
     else:
         train, test = cifar.load(data, size, limit, classes=100 if dataset == "cifar100" else 10)
     return train.split(VALIDATION) if split == "validation" else (train, test)
+
+
+@cache
+def checksum(dataset: str, data: Path) -> str:
+    """CRC-32 that tells one copy of a dataset from another."""
+    if dataset == "imagenet":
+        return image_folder.checksum(data)
+    return cifar.checksum(data, classes=100 if dataset == "cifar100" else 10)
 
 
 def _network(run: Run) -> tuple[Host, nn.Module]:
@@ -164,8 +171,8 @@ def execute(
                 world=world,
             )
         except Diverged as error:
-            return {"config": run.config, "diverged": str(error), **_circumstances(world)}
-    line = _line(run, model, progress) | _circumstances(world)
+            return {"config": run.config, "diverged": str(error), **_provenance(run, data, world)}
+    line = _line(run, model, progress) | _provenance(run, data, world)
     if world.rank == 0:
         if run.options is not None:
             hbnn_plugin.fuse(model)
@@ -180,9 +187,8 @@ def final_network(run: Run, data: Path, folder: Path) -> nn.Module:
         line = execute(run, data, folder)
         if "diverged" in line:
             raise ValueError(f"{run} has no network: {line['diverged']}")
-    host, model = _network(run)
+    _, model = _network(run)
     model.load_state_dict(checkpoints.load(path))
-    host.set_progress(model, 1.0)
     return model.eval()
 
 
@@ -219,20 +225,6 @@ def _line(run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
     return line
 
 
-@cache
-def _circumstances(world: World) -> dict[str, str]:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    commit = git("rev-parse", "--short", "HEAD") or "unknown"
-    if git("status", "--porcelain", "--untracked-files=no"):
-        commit += "+"  # with uncommitted changes
-    on_gpu = world.device.type == "cuda"
-    device = torch.cuda.get_device_name(world.device) if on_gpu else f"{platform.machine()} {platform.system()}"
-    return {
-        "commit": commit,
-        "hardware": f"{device}, {world.size} {'GPU' if on_gpu else 'CPU thread'}{'s' * (world.size > 1)}",
-        "torch": torch.__version__,
-        "plugin": hbnn_plugin.__version__,
-    }
+def _provenance(run: Run, data: Path, world: World) -> dict[str, str]:
+    unit = "GPU" if world.device.type == "cuda" else "CPU thread"
+    return {"dataset_crc32": checksum(run.dataset, data), **circumstances(world.size, unit)}

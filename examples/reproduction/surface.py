@@ -2,7 +2,8 @@
 
 Li et al., *Visualizing the Loss Landscape of Neural Nets* (arXiv:1712.09913): each filter of a direction has the norm
 of the network's own filter, so that networks whose filters differ in size can be compared; vectors (biases, BatchNorm)
-stay as they are. Of a binary layer it is the real weight that moves, and the forward binarizes it as in training.
+and scales a channel stay as they are. Of a binary layer it is the real weight that moves, and the forward binarizes it
+as in training.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def loss_surface(
 
     ``seed`` draws the directions: equal for networks of the same shapes. The weights are put back afterwards.
     """
-    weights: list[Tensor] = [p for p in model.parameters() if p.dim() > 1]
+    weights: list[Tensor] = [p for p in model.parameters() if p.dim() in (2, 4)]  # a channel's scale has three
     centre = [p.clone() for p in weights]
     directions = _directions(weights, seed), _directions(weights, seed + 1)
     surface = []

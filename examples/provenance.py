@@ -1,0 +1,36 @@
+"""Where a figure comes from, for the line that holds it."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import hbnn_plugin
+
+__all__ = ["circumstances"]
+
+
+@cache
+def circumstances(count: int, unit: str = "CPU thread") -> dict[str, str]:
+    """Commit ("+": with uncommitted changes), machine and how much of it was used, versions."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "commit": commit,
+        "machine": f"{device}, {count} {unit}{'s' * (count > 1)}",
+        "torch": torch.__version__,
+        "plugin": hbnn_plugin.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
