@@ -175,7 +175,7 @@ class InPlace(EPC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        from .stepping import install  # noqa: PLC0415  # a whole model may be loaded where apply was never called
+        from .hooking import install  # noqa: PLC0415  # a whole model may be loaded where apply was never called
 
         install()
 

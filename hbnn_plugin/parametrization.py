@@ -104,7 +104,7 @@ class Parametrized(EPC):
         else:
             weight = self.weight_of(latent)
         if type(latent) is nn.Parameter:
-            if not self._watch.is_over:
+            if not self._watch.is_over and self.settings.rule != "fixed":
                 self._watch_steps(latent)
             if self._reads_to_watch:
                 self._watch_edits(weight)

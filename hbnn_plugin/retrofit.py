@@ -12,6 +12,7 @@ from .binarize import binarize_model, plan_binarization
 from .cluster import EPC
 from .convolved import convolved_weight, is_two_valued, pack_bits
 from .flips import binary_bits
+from .hooking import install
 from .idioms import held_elsewhere
 from .inplace import InPlace
 from .loading import install_hooks
@@ -19,7 +20,6 @@ from .parametrization import Parametrized
 from .planning import Plan, check_model, make_plan
 from .selection import Predicate, Selected
 from .settings import DEFAULT_RADIUS, Mode, Order, Per, Rule, Settings, SpaceName
-from .stepping import install
 
 __all__ = ["apply", "plan"]
 

@@ -1,21 +1,18 @@
-"""Points step whenever an optimizer that holds their latents steps.
+"""The points' part of an optimizer's step; :mod:`hbnn_plugin.hooking` says when it is due.
 
-torch calls global hooks before and after every ``Optimizer.step``. Before it, the points' gradients are recovered from
-the latents' (:mod:`hbnn_plugin.recovery`); after it, once the optimizer has succeeded, the points move
-(:mod:`hbnn_plugin.rules`). Order ``"alternating"`` also rewrites ``latent.grad`` in between, to what it would be at the
-points' new places (Algorithm 1 of [HBNN], with the upstream gradient at hand).
+Before the optimizer moves the latents, the points' gradients are recovered from theirs (:mod:`hbnn_plugin.recovery`);
+once it has succeeded, the points move (:mod:`hbnn_plugin.rules`). Order ``"alternating"`` also rewrites ``latent.grad``
+in between, to what it would be at the points' new places (Algorithm 1 of [HBNN], with the upstream gradient at hand).
 
 * A closure is wrapped: its first evaluation gives the gradients.
 * Of nested steps (SAM, ZeroRedundancyOptimizer, a subclass that calls ``super().step()``) the innermost moves the
   point, once, at its own learning rate.
-* A step that raises, or that GradScaler skips, moves nothing.
-* In in-place mode (:mod:`hbnn_plugin.inplace`) the outermost step is framed: latents enter the hosts' weights before
-  it and leave them after, also when it raises. A closure sees the mapped weights.
+* In in-place mode (:mod:`hbnn_plugin.inplace`) latents are in the hosts' weights meanwhile; a closure sees the mapped
+  weights.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .cluster import EPC, alive
 from .epc import pull_back
@@ -33,7 +29,7 @@ from .recovery import Recovered, recover
 from .rules import Move, move, point_rate
 from .sharding import sharded_like, whole
 
-__all__ = ["PointStep", "held_clusters", "install", "step_points"]
+__all__ = ["PointStep", "held_clusters", "in_progress", "open_step", "step_points"]
 
 _open = threading.local()
 
@@ -91,12 +87,11 @@ class PointStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        held = held_clusters(optimizer)
-        self.clusters = [(epc, group) for epc, group in held if epc.settings.rule != "fixed"]
-        self.swaps = [epc for epc, _ in held if isinstance(epc, InPlace) and not epc.swapped]
-        self.frames = (
-            0  # of this optimizer's step in progress, with in-place hosts: more than one inside super().step()
-        )
+        self.held = held_clusters(optimizer)
+        self.clusters = [(epc, group) for epc, group in self.held if epc.settings.rule != "fixed"]
+        self.swaps = [epc for epc, _ in self.held if isinstance(epc, InPlace) and not epc.swapped]
+        self.frames = 0  # of this optimizer's step in progress: more than one inside super().step()
+        self.framed = False  # whether the step is known to run in a frame
         self.pending: dict[int, _Pending] = {}
         self._evaluations = 0
 
@@ -156,7 +151,7 @@ class PointStep:
             self.pending[id(epc)] = pending
 
     def _take_over(self, epc: EPC, gradient: Tensor, group: dict[str, Any]) -> bool:
-        for step in reversed(_stack()):
+        for step in reversed(in_progress()):
             pending = step.pending.get(id(epc))
             if pending is not None and pending.comes_from(gradient):
                 pending.group = group
@@ -202,25 +197,7 @@ def _rewrite(gradient: Tensor, epc: EPC, found: Recovered) -> None:
     gradient.copy_(sharded_like(kept, gradient))
 
 
-def step_points(optimizer: Optimizer) -> None:
-    """Move the points of the latents that ``optimizer`` holds, from the gradients these have now.
-
-    For optimizers that do not fire torch's step hooks: call it right before ``optimizer.step()``.
-
-    Raises:
-        ValueError: a latent is in in-place mode, where the optimizer's step itself has to be framed.
-    """
-    step = PointStep(optimizer)
-    if step.swaps:
-        raise ValueError(
-            f"{step.swaps[0].name} is in in-place mode, which needs an optimizer that fires torch's step hooks: let "
-            f"{type(optimizer).__name__} call super().__init__(), or apply with mode='parametrize'"
-        )
-    step.gather()
-    step.finish()
-
-
-def _stack() -> list[PointStep]:
+def in_progress() -> list[PointStep]:
     """The steps in progress on this thread, outermost first."""
     if not hasattr(_open, "steps"):
         _open.steps = []
@@ -228,100 +205,34 @@ def _stack() -> list[PointStep]:
     return steps
 
 
-def _open_step(optimizer: Optimizer) -> PointStep | None:
-    return next((step for step in reversed(_stack()) if step.optimizer is optimizer), None)
+def open_step(optimizer: Optimizer) -> PointStep | None:
+    return next((step for step in reversed(in_progress()) if step.optimizer is optimizer), None)
 
 
-def _begin(optimizer: Optimizer, closure: object) -> PointStep | None:
-    """Open the points' part of a step of ``optimizer``; None if it holds no latent."""
-    stack, step = _stack(), _open_step(optimizer)
-    if step is not None:  # inside super().step(), or after a step that raised
-        goes_on = step.frames > 0 or (closure is None and step.holds_all())
-        del stack[stack.index(step) + goes_on :]
-        if goes_on:
-            return step
-    step = PointStep(optimizer)
-    if not (step.clusters or step.swaps):
-        return None
-    for epc, _ in step.clusters:
-        epc.hooked = True
-    stack.append(step)
-    if step.swaps:
-        _frame(optimizer)
-    return step
+def step_points(optimizer: Optimizer) -> None:
+    """Move the points of the latents that ``optimizer`` holds, from the gradients these have now.
 
+    For optimizers that do not fire torch's step hooks: call it right before ``optimizer.step()``.
 
-def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if getattr(optimizer, "steps_points_itself", False):
-        return None
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-    closure = closure if callable(closure) else None
-    if getattr(closure, "points_of", None) is optimizer:  # super().step(closure)
-        return None
-    step = _begin(optimizer, closure)
-    if step is None:
-        return None
-    if closure is None:
-        if not step.swaps:  # else within the frame, where the latents are in place
-            step.gather()
-        return None
-    if len(args) > 1:
-        return (args[0], step.wrap(closure), *args[2:]), kwargs
-    return args, {**kwargs, "closure": step.wrap(closure)}
-
-
-def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    step = _open_step(optimizer)
-    if step is not None and not step.frames:
-        stack = _stack()
-        del stack[stack.index(step) :]
-        step.finish()
-
-
-def _frame(optimizer: Optimizer) -> None:
-    """Frame this optimizer's step, in the closure cell from which torch's wrapper takes it.
-
-    torch's hooks do not frame it: none runs after a step, or another hook, that raises, and the latents must leave the
-    hosts' weights then too. The wrapper looks into the cell after the hooks that run before a step, so that this holds
-    for the step in progress too, and for every reference to the wrapper that somebody (a scheduler) has taken.
+    Raises:
+        ValueError: ``optimizer`` holds no latent; it fires torch's step hooks; or a latent is in in-place mode, where
+            the optimizer's step itself has to be framed.
     """
-    for cls in type(optimizer).__mro__:
-        wrapper = cls.__dict__.get("step")
-        if wrapper is not None and getattr(wrapper, "hooked", False):
-            cells = dict(zip(wrapper.__code__.co_freevars, wrapper.__closure__ or ()))
-            if "func" in cells and not hasattr(cells["func"].cell_contents, "frames_latents"):
-                cells["func"].cell_contents = _framed(cells["func"].cell_contents)
-
-
-def _framed(step_function: Callable[..., Any]) -> Callable[..., Any]:
-    # Without its attributes: by one of them torch.compiler.disable would find, below, what a step that somebody has
-    # disabled already is made of, and take that instead of this frame.
-    @functools.wraps(step_function, updated=())
-    def framed(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        step = _open_step(optimizer)
-        if step is None or not step.swaps:
-            return step_function(optimizer, *args, **kwargs)
-        closure = args[0] if args else kwargs.get("closure")
-        step.frames += 1
-        try:
-            step.enter()
-            if closure is None and not step.holds_all():
-                step.gather()
-            result = step_function(optimizer, *args, **kwargs)
-            step.finish()
-        finally:
-            step.frames -= 1
-            if not step.frames:
-                step.leave()
-        return result
-
-    eager: Callable[..., Any] = torch.compiler.disable(framed)  # a compiler would trace the points' bookkeeping
-    eager.frames_latents = True  # type: ignore[attr-defined]
-    return eager
-
-
-@functools.cache
-def install() -> None:
-    """Register the global hooks, once a process; :func:`hbnn_plugin.apply` calls this."""
-    register_optimizer_step_pre_hook(torch.compiler.disable(_before))
-    register_optimizer_step_post_hook(torch.compiler.disable(_after))
+    step = PointStep(optimizer)
+    if not step.held:
+        raise ValueError(
+            f"{type(optimizer).__name__} holds no latent weight: call hbnn_plugin.apply(model) first, and pass "
+            "model.parameters()"
+        )
+    if getattr(type(optimizer).step, "hooked", False):
+        raise ValueError(
+            f"{type(optimizer).__name__} fires torch's step hooks, so that its points move by themselves: leave "
+            "step_points out"
+        )
+    if step.swaps:
+        raise ValueError(
+            f"{step.swaps[0].name} is in in-place mode, which needs an optimizer that fires torch's step hooks: let "
+            f"{type(optimizer).__name__} call super().__init__(), or apply with mode='parametrize'"
+        )
+    step.gather()
+    step.finish()

@@ -34,7 +34,7 @@ class StepWatch:
         """Look at the weight before a forward; how often it has changed, once that is too often, and else 0."""
         if not (epc.training and torch.is_grad_enabled() and type(weight) is nn.Parameter and weight.requires_grad):
             return 0
-        if epc.moves or epc.hooked or epc.settings.rule == "fixed":
+        if epc.moves or epc.hooked:
             self._left = 0
             return 0
         now = float(weight.detach().double().sum())

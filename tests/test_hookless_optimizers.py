@@ -47,8 +47,9 @@ def test_an_optimizer_without_hooks_is_reported_once_a_layer() -> None:
     assert steps(net) == [0, 0]
 
 
-def test_in_place_it_is_reported_once_a_layer_too() -> None:
-    net = applied(mode="inplace")
+@pytest.mark.parametrize("rule", ["spectral", "fixed"])
+def test_in_place_it_is_reported_once_a_layer_too(rule: str) -> None:
+    net = applied(mode="inplace", rule=rule)
     twin = copy.deepcopy(net)
     for model in (net, twin):
         with warnings.catch_warnings(record=True) as caught:
@@ -82,6 +83,24 @@ def test_step_points_steps_for_an_optimizer_without_hooks() -> None:
         optimizer.step()
     for name in BINARY_LAYERS:
         torch.testing.assert_close(points(net)[name], points(reference)[name])
+
+
+def test_step_points_is_refused_where_points_move_by_themselves_or_there_are_none() -> None:
+    net = applied()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    loss_of(net).backward()
+    with pytest.raises(ValueError, match=r"SGD fires torch's step hooks.*leave step_points out"):
+        hbnn_plugin.step_points(optimizer)
+    with pytest.raises(ValueError, match=r"BareSgd holds no latent weight.*hbnn_plugin\.apply"):
+        hbnn_plugin.step_points(BareSgd([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    assert steps(net) == [0, 0]
+
+
+def test_no_report_where_points_are_fixed() -> None:
+    net = applied(rule="fixed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(net, BareSgd(net.parameters(), lr=0.1), 8)
 
 
 def test_step_points_is_refused_in_place_with_the_mend() -> None:
