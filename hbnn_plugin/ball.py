@@ -122,11 +122,11 @@ def log(pp: Tensor, xx: Tensor, px: Tensor, dd: Tensor, ss: Tensor, r: Radius) -
     room_p, room_x = _room(pp, r), _room(xx, r)
     d = (1 - 2 * r * px + r * r * pp * xx).clamp(min=1e-24)
     s_squared = r * dd / d
-    s = s_squared.sqrt()
+    small = s_squared < 1e-6
+    s = torch.where(small, 0.25, s_squared).sqrt()  # the root's slope at 0 is infinite, and autograd goes both ways
     # artanh(s) = log((1 + s)/√(1 − s²)), where 1 − s² = (1 − rP)(1 − rX)/D keeps its digits near the edge
     artanh = torch.log1p(s) - 0.5 * torch.log(room_p * room_x / d)
-    small = s_squared < 1e-6
-    ratio = torch.where(small, 1 + s_squared / 3 + s_squared**2 / 5, artanh / torch.where(small, 1.0, s))
+    ratio = torch.where(small, 1 + s_squared / 3 + s_squared**2 / 5, artanh / s)
     # u = [(1 − rP)(x − p) − r‖x − p‖² p]/D
     return -room_p * ratio * r * dd / d, room_p * ratio * room_p / d, torch.zeros_like(d)
 

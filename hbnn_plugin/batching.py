@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from .epc import exp_maps
 from .parametrization import Parametrized
+from .passes import traced
 
 __all__ = ["install_batching", "remove_batching"]
 
@@ -38,7 +38,7 @@ def remove_batching(model: nn.Module) -> None:
 
 
 def _map_all(model: nn.Module, _: Any) -> None:
-    if torch.compiler.is_compiling():  # a compiler fuses the scalars itself
+    if traced():  # a compiler fuses the scalars itself
         return
     clusters = [epc for epc in _clusters(model) if epc.foresees_its_map]
     for epc, mapped in zip(clusters, exp_maps([epc.map_of(epc.parameter.detach()) for epc in clusters])):
@@ -46,7 +46,7 @@ def _map_all(model: nn.Module, _: Any) -> None:
 
 
 def _forget_all(model: nn.Module, *_: Any) -> None:
-    if not torch.compiler.is_compiling():
+    if not traced():
         for epc in _clusters(model):
             epc.mapped = None
 

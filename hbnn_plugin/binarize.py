@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .passes import traced
 from .selection import Predicate
 
 __all__ = ["BinaryConv2d", "Sign", "SignConv2d", "binarize_model", "fuse_binarized", "plan_binarization", "sign"]
+
+_BETWEEN = (nn.BatchNorm1d, nn.LayerNorm, nn.Dropout, nn.Identity)
+"""May stand between a linear layer and its ReLU."""
 
 _SHORTCUT_WORDS = ("downsample", "shortcut", "skip", "identity", "proj")
 
@@ -44,7 +48,7 @@ class _StraightThroughSign(torch.autograd.Function):
 
 def sign(x: Tensor) -> Tensor:
     """sign(x) with sign(0) = +1; straight-through gradient 1[|x| ≤ 1] ([HBNN] Eq. 4). Shape and dtype of x."""
-    if torch.compiler.is_compiling():  # the same in plain ops, which compilers fuse
+    if traced():  # the same in plain ops, which compilers fuse
         clipped = x.clamp(-1, 1)
         return clipped + (torch.where(x >= 0, 1.0, -1.0).to(x.dtype) - clipped).detach()
     result: Tensor = _StraightThroughSign.apply(x)  # type: ignore[no-untyped-call]
@@ -83,7 +87,7 @@ class BinaryConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """The convolution, as nn.Conv2d shapes it."""
         if self.sign_input is not None:
-            if self.training and torch.is_grad_enabled() and not self._warned and not torch.compiler.is_compiling():
+            if self.training and torch.is_grad_enabled() and not self._warned and not traced():
                 self._check_input(x)
             x = self.sign_input(x)
         result: Tensor = self._conv_forward(x, self.binary_weight(), self.bias)
@@ -150,13 +154,13 @@ def _is_shortcut(name: str, conv: nn.Conv2d) -> bool:
 
 
 def _relus(model: nn.Module) -> list[nn.ReLU]:
-    """Every nn.ReLU but those right behind a linear layer: they belong to a real-valued classifier."""
+    """Every nn.ReLU but those behind a linear layer and its normalization: they belong to a real-valued classifier."""
     found: list[nn.ReLU] = []
     previous: nn.Module | None = None
     for module in model.modules():
         if type(module) is nn.ReLU and not isinstance(previous, nn.Linear):
             found.append(module)
-        if next(module.children(), None) is None:
+        if next(module.children(), None) is None and not isinstance(module, _BETWEEN):
             previous = module
     return found
 

@@ -117,7 +117,7 @@ class EPC(nn.Module, ABC):
         self.register_buffer("mean_square", torch.zeros_like(per_point, dtype=w.dtype))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=w.device))
         # Not a buffer: bits are not to be averaged (EMA), cast or broadcast (DDP). It travels in the extra state.
-        self.flip_reference = torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8)
+        self.flip_reference = torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
         self.restart(weight)
         self._live()
 
@@ -228,7 +228,7 @@ class EPC(nn.Module, ABC):
         total = target + self.point
         opposite = self.radius * inner(total, total, self.dims) < 1e-8
         generator = torch.Generator().manual_seed(0)
-        tilt = torch.randn(target.shape, generator=generator, dtype=target.dtype).to(target.device)
+        tilt = torch.randn(target.shape, generator=generator, dtype=target.dtype, device="cpu").to(target.device)
         scale = 1e-4 * (inner(target, target, self.dims) / inner(tilt, tilt, self.dims)).sqrt()
         return torch.where(opposite, self._into_space(target + scale.to(target.dtype) * tilt)[0], target)
 
@@ -260,7 +260,7 @@ class EPC(nn.Module, ABC):
         return torch.cat([torch.frombuffer(bytearray(header), dtype=torch.uint8), self.flip_reference])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the flip reference; the rest is checked for the whole model first (:mod:`hbnn_plugin.checkpoint`)."""
+        """Take the flip reference; the rest is checked for the whole model first (:mod:`hbnn_plugin.loading`)."""
         self.flip_reference = state.cpu()[-len(self.flip_reference) :].clone()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -120,7 +120,7 @@ def edits_its_weight(module: nn.Module, shape: tuple[int, ...], weight: Tensor) 
     with _undisturbed(module, weight):
         # Neither centred nor within any bounds, so that centring and clipping show.
         generator = torch.Generator().manual_seed(0)
-        strange = (50 + 100 * torch.randn(weight.shape, generator=generator)).to(weight)
+        strange = (50 + 100 * torch.randn(weight.shape, generator=generator, device="cpu")).to(weight)
         weight.data = strange
         before, attributes = strange.clone(), set(vars(weight))
         for m in module.modules():

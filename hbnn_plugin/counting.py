@@ -98,8 +98,9 @@ def complexity(model: nn.Module, input_shape: Sequence[int]) -> Complexity:
     plain = plain_copy(model)
     seen_layers = seen_weights(plain, also=cluster_settings(model))
     binary = {name: seen for name, seen in seen_layers if isinstance(seen, BinaryWeight)}
-    like = next((p for p in plain.parameters() if p.is_floating_point()), torch.empty(0))
-    x = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0)).to(like)
+    like = next((p for p in plain.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((1, *input_shape), generator=generator, device="cpu").to(like)
     with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
         try:
             operations = count_operations(plain, x, binary)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import ball
 from .joint_passes import combine_each, inner_products
-from .passes import Dims, combine, inner, largest, may_look, scalar_dtype, working_dtype
+from .passes import Dims, combine, inner, largest, may_look, scalar_dtype, traced, working_dtype
 from .scalars import Radius, Slopes, Space, side_by_side
 
 __all__ = [
@@ -234,7 +234,7 @@ _Exp.forward.__signature__ = inspect.signature(_Exp.forward)  # type: ignore[att
 
 
 def _exp_plain(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Tensor:
-    """The same map in plain torch ops, for tools that trace."""
+    """The same map in plain torch ops, for tools that trace, and for a gradient to the radius."""
     v = v * _taming(v, dims)
     pp, vv, pv = _gram(p, v, dims)  # exact costs nothing where the compiler fuses it
     alpha, beta = space.exp(pp, vv, pv, r)
@@ -256,7 +256,8 @@ def exp_map(p: Tensor, v: Tensor, radius: Radius, space: Space = ball, dims: Dim
     """
     dtype = working_dtype(v.dtype)
     p_work, v_work = torch.broadcast_tensors(p.to(dtype), v.to(dtype))
-    if torch.compiler.is_compiling():
+    learnable = isinstance(radius, Tensor) and radius.requires_grad
+    if traced() or learnable:
         return _exp_plain(p_work, v_work, radius, space, dims).to(v.dtype)
     x: Tensor = _Exp.apply(p_work, v_work, None, radius, space, dims)[0]  # type: ignore[no-untyped-call]
     return x.to(v.dtype)

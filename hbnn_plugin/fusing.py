@@ -51,6 +51,7 @@ def fuse(model: M) -> M:
     for epc, tied in places.items():
         epc.detach_from(tied)
     remove_hooks(model)
-    remove_batching(model)
+    for module in model.modules():  # apply may have been called on a part
+        remove_batching(module)
     fuse_binarized(model)
     return model

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .cluster import EPC, INPLACE_SUFFIX
 from .epc import Map, exp_maps, pull_back
+from .passes import traced
 from .sharding import is_sharded, sharded_like, whole
 from .watching import StepWatch
 
@@ -49,13 +50,25 @@ class InPlace(EPC):
         self.written: Tensor | None = None
         self.swapped = False
         self._warned = False
+        self._lost = False
         self._watch = StepWatch()
         self._watching: RemovableHandle | None = None
 
     @property
     def registered(self) -> bool:
-        """Whether this cluster sits in a host."""
-        return self.host is not None
+        """Whether this cluster sits in a host that still has the weight."""
+        if self.host is None:
+            return False
+        module, tensor_name = self.host
+        there = module._parameters.get(tensor_name) is not None
+        if not there and not self._lost:
+            self._lost = True
+            warnings.warn(
+                f"{self.name}: the layer has no Parameter {tensor_name!r} any more (pruned or parametrized after "
+                "apply?) and trains without its point from here on. Call hbnn_plugin.fuse before such a change.",
+                stacklevel=2,
+            )
+        return there
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -63,13 +76,18 @@ class InPlace(EPC):
         if self.host is None:
             raise RuntimeError(f"{self.name}: this cluster is not registered on a module")
         module, tensor_name = self.host
-        weight: nn.Parameter = module._parameters[tensor_name]  # type: ignore[assignment]
+        weight = module._parameters.get(tensor_name)
+        if weight is None:
+            raise RuntimeError(
+                f"{self.name}: the layer has no Parameter {tensor_name!r} any more (pruned or parametrized after "
+                "apply?); undo that, and call hbnn_plugin.fuse before such a change"
+            )
         return weight
 
     @torch.no_grad()
     def attach(self, module: nn.Module, tensor_name: str) -> None:
         """Sit beside the module's weight; beside that of each layer that is tied to the first, too."""
-        module.add_module(tensor_name + INPLACE_SUFFIX, self)
+        module.add_module(tensor_name + INPLACE_SUFFIX, self.train(module.training))
         if self.host is None:
             self.host = (module, tensor_name)
             self.parameter.copy_(self.weight_of(self.latent))
@@ -133,7 +151,7 @@ class InPlace(EPC):
             )
 
     def _watch_steps(self, module: nn.Module, args: object) -> None:
-        if torch.compiler.is_compiling():
+        if traced():
             return
         changes = self._watch.sees_a_still_point(self, self.parameter)
         if self._watch.is_over:
@@ -155,15 +173,13 @@ class InPlace(EPC):
     @contextlib.contextmanager
     def bypassed(self) -> Iterator[None]:
         """Inside, the host's weight is the latent itself."""
-        weight = self.parameter
-        with torch.no_grad():
-            before = weight.clone()
-            weight.copy_(sharded_like(self.latent, weight))
+        weight = self.parameter.data  # unseen by autograd: a backward may be due, and the values come back
+        before = weight.clone()
+        weight.copy_(sharded_like(self.latent, weight))
         try:
             yield
         finally:
-            with torch.no_grad():
-                weight.copy_(before)
+            weight.copy_(before)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InPlace:
         """Move with the model; the latent is cast as the weight is."""

@@ -63,10 +63,12 @@ class _Counter(TorchFunctionMode):
                 handle.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        binary = func in CONVOLUTIONS and self._running[-1] in self.binary and _two_valued(args[0])
+        kwargs = kwargs or {}
+        binary = func in CONVOLUTIONS and self._running[-1] in self.binary
+        binary = binary and _two_valued(args[0] if args else kwargs["input"])
         if binary:
             self._settle()
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         if binary:
             self._settle(binary=True)
         elif func in _ELEMENTWISE:

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .cluster import EPC, find
 from .epc import Mapped, exp_map_mapped
+from .passes import traced
 from .sharding import whole
 from .watching import StepWatch
 
@@ -96,7 +97,7 @@ class Parametrized(EPC):
         """The weight exp_p(v): shape and dtype of the latent."""
         if self._bypass:
             return whole(latent)
-        if torch.compiler.is_compiling():  # which fuses by itself, and would guard on every counter that it meets
+        if traced():  # which fuses by itself, and would guard on every counter that it meets
             return self.weight_of(latent)
         mapped, self.mapped = self.mapped, None  # to be read once
         if mapped is not None and self.owner is not None and latent is self.owner[0].original:
@@ -126,6 +127,9 @@ class Parametrized(EPC):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The latent whose weight is ``weight``; outside the ball, its direction at the edge, with a warning."""
+        if self.owner is not None and weight.shape != self.parameter.shape:
+            expected, got = tuple(self.parameter.shape), tuple(weight.shape)
+            raise ValueError(f"{self.name}: expected a weight of shape {expected}, got {got}")
         latent, outside = self.latent_of(weight)
         self._watch.forget()
         if outside:

@@ -25,6 +25,7 @@ __all__ = [
     "may_look",
     "rows_of",
     "scalar_dtype",
+    "traced",
     "working_dtype",
 ]
 
@@ -45,6 +46,11 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
 def may_look(x: Tensor) -> bool:
     """Whether x's values are known without waiting: on a CPU. Elsewhere looking at them costs a synchronisation."""
     return x.is_cpu
+
+
+def traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is looking: then plain operations, and nothing kept."""
+    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
 
 
 def inner(x: Tensor, y: Tensor, dims: Dims, *, exact: bool = False, scratch: Tensor | None = None) -> Tensor:
@@ -140,7 +146,7 @@ def combine(coefficients: Sequence[Tensor], vectors: Sequence[Tensor], out: Tens
     dtype = vectors[0].dtype
     result = torch.mul(vectors[0], coefficients[0].to(dtype), out=out)
     for coefficient, vector in zip(coefficients[1:], vectors[1:]):
-        if torch.is_grad_enabled():  # autograd or functorch watches: no writing over what it may have kept
+        if torch.is_grad_enabled() or traced():  # who watches may have kept it: no writing over it
             result = torch.addcmul(result, coefficient.to(dtype), vector)
         else:
             result.addcmul_(coefficient.to(dtype), vector)

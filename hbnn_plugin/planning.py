@@ -18,7 +18,7 @@ from .settings import Mode, Settings
 from .sharding import is_sharded
 from .tables import table
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "check_model", "check_where", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def make_plan(
     if mode not in (None, *get_args(Mode)):
         raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, or None, not {mode!r}")
     wrapper = check_model(model, mode)
-    if where is not None and not callable(where):
-        raise TypeError(f"where must be callable as (module, name) -> bool, such as by_name({where!r}), not {where!r}")
+    check_where(where)
     predicate = where or binary_convolutions
     layers: list[Selected] = []
     problems: list[str] = []
@@ -80,7 +79,7 @@ def make_plan(
             problems.append(f"{name or cls} ({cls}): {problem}")
         elif selected is not None:
             layers.append(selected)
-    problems += _broken_ties(model, layers, mode)
+    problems += _broken_ties(model, layers, "inplace" if wrapper else mode)
     if problems:
         raise ValueError("nothing was changed, because of\n  " + "\n  ".join(problems))
     if not layers:
@@ -90,6 +89,12 @@ def make_plan(
         reason = wrapper or reason_for_inplace(layers, binarized_later=binarize is not None)
         mode = "inplace" if reason else "parametrize"
     return Plan(settings, tuple(layers), mode, reason, binarize)
+
+
+def check_where(where: object) -> None:
+    """Refuse what is no predicate."""
+    if where is not None and not callable(where):
+        raise TypeError(f"where must be callable as (module, name) -> bool, such as by_name({where!r}), not {where!r}")
 
 
 def check_model(model: nn.Module, mode: Mode | None = None) -> str | None:
@@ -133,7 +138,10 @@ def _broken_ties(model: nn.Module, layers: list[Selected], mode: Mode | None) ->
             if mode == "inplace":  # the weight stays a weight for everybody
                 continue
             if tied is not None and (id(module), tensor_name) not in chosen and not _is_latent_list(module):
-                problems.append(f"{tied.label}: its weight is tied to {name}.{tensor_name}, which is not selected")
+                problems.append(
+                    f"{tied.label}: its weight is tied to {name}.{tensor_name}, which is not selected: "
+                    "select that too, or apply with mode='inplace'"
+                )
     latents = {id(epc.parameter): epc for epc in alive()}
     for key, s in by_weight.items():
         if key in latents:

@@ -17,11 +17,11 @@ from .idioms import held_elsewhere
 from .inplace import InPlace
 from .loading import install_hooks
 from .parametrization import Parametrized
-from .planning import Plan, check_model, make_plan
+from .planning import Plan, check_model, check_where, make_plan
 from .selection import Predicate, Selected
 from .settings import DEFAULT_RADIUS, Mode, Order, Per, Rule, Settings, SpaceName
 
-__all__ = ["apply", "plan"]
+__all__ = ["Binarize", "apply", "plan"]
 
 M = TypeVar("M", bound=nn.Module)
 Binarize = Literal["1/1", "1/32"]
@@ -87,6 +87,7 @@ def plan(
     if binarize is None:
         return make_plan(model, settings, where, mode)
     check_model(model, mode)
+    check_where(where)
     layers = plan_binarization(model, binarize, where)
     return make_plan(model, settings, lambda module, name: name in layers, mode, binarize)
 

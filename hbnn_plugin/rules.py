@@ -42,7 +42,7 @@ from .recovery import Recovered, radii_of
 from .scalars import side_by_side
 from .spectral import longer_side, orthogonal_factors
 
-__all__ = ["Move", "move", "point_rate"]
+__all__ = ["Move", "check_point_lr", "move", "point_rate"]
 
 # Of radius 1, the home of √r p. The exact ball: its retraction is the exponential map; PoincareBall's is not.
 _MANIFOLDS = {"ball": geoopt.PoincareBallExact, "sphere": geoopt.SphereExact}
@@ -81,6 +81,15 @@ class _Direction(NamedTuple):
     factor: float | Tensor
     """f, a number or one a point."""
     eta: float | Tensor
+
+
+def check_point_lr(epc: EPC, group: Mapping[str, Any]) -> None:
+    """Raise ValueError if this parameter group's ``point_lr`` is none."""
+    factor = group.get("point_lr", 0.0)
+    if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+        raise ValueError(
+            f"{epc.name}: its weight's parameter group has point_lr={factor!r}; it must be a finite number from 0"
+        )
 
 
 def point_rate(epc: EPC, group: Mapping[str, Any]) -> float | Tensor:

@@ -82,6 +82,8 @@ def binary_convolutions(module: nn.Module, name: str) -> bool:
 
 def by_name(*patterns: str) -> Predicate:
     """Layers whose qualified name a regular expression finds (``re.search``)."""
+    if not all(isinstance(pattern, (str, re.Pattern)) for pattern in patterns):
+        raise TypeError(f"by_name takes regular expressions as arguments of their own, not {patterns!r}")
     compiled = [re.compile(pattern) for pattern in patterns]
 
     def predicate(module: nn.Module, name: str) -> bool:
@@ -93,6 +95,8 @@ def by_name(*patterns: str) -> Predicate:
 
 def by_class(*classes: type[nn.Module]) -> Predicate:
     """Layers that are instances of one of the classes."""
+    if not all(isinstance(cls, type) for cls in classes):
+        raise TypeError(f"by_class takes classes as arguments of their own, not {classes!r}")
 
     def predicate(module: nn.Module, name: str) -> bool:
         return isinstance(module, classes)

@@ -66,9 +66,12 @@ def log(pp: Tensor, xx: Tensor, px: Tensor, dd: Tensor, ss: Tensor, r: Radius) -
     that nothing cancels where x is close to p or to its antipode. At the antipode itself, where every direction leads,
     the result is finite.
     """
-    angle = 2 * torch.atan2(dd.sqrt(), ss.sqrt())
-    sine = r * (dd * ss).sqrt() / 2
-    ratio = torch.where(angle < 1e-4, 1 + angle**2 / 6, angle / sine.clamp(min=1e-12))
+    small, opposite = dd < 2.5e-9 * ss, ss == 0
+    # the root's slope at 0 is infinite, and autograd goes both ways
+    far, off = torch.where(small, ss, dd).sqrt(), torch.where(opposite, dd, ss).sqrt()
+    angle = torch.where(opposite, math.pi, 2 * torch.atan2(far, off))
+    sine = torch.where(opposite, 0.0, r * far * off / 2).clamp(min=1e-12)
+    ratio = torch.where(small, 1 + 2 / 3 * dd / off.square(), angle / sine)
     near = dd < ss
     zero = torch.zeros_like(ratio)
     return (

@@ -26,7 +26,7 @@ from .cluster import EPC, alive
 from .epc import pull_back
 from .inplace import InPlace, enter, leave
 from .recovery import Recovered, recover
-from .rules import Move, move, point_rate
+from .rules import Move, check_point_lr, move, point_rate
 from .sharding import sharded_like, whole
 
 __all__ = ["PointStep", "held_clusters", "in_progress", "open_step", "step_points"]
@@ -128,6 +128,7 @@ class PointStep:
         due = []
         for epc, group in self.clusters:
             gradient = epc.parameter.grad
+            check_point_lr(epc, group)
             if gradient is not None and not self._take_over(epc, gradient, group):
                 due.append((epc, gradient, group))
         if not due:

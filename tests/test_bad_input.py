@@ -132,6 +132,12 @@ BAD = {
         ValueError,
         ["DataParallel", "apply first, wrap", "mode='inplace'"],
     ),
+    "string, binarized": (
+        tiny_net,
+        {"where": "conv1", "binarize": "1/1"},
+        TypeError,
+        ["where must be callable", "by_name"],
+    ),
     "DataParallel inside": (
         lambda: nn.Sequential(DataParallel(tiny_net())),
         {"mode": "parametrize"},

@@ -36,6 +36,13 @@ def test_what_is_binarized_and_what_stays(binarize: str) -> None:
         assert torch.equal(net.get_submodule(name).weight, plain.get_submodule(name).weight)
 
 
+def test_a_normalized_classifier_keeps_its_relus() -> None:
+    head = [nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 2)]
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *head)
+    hbnn_plugin.apply(net, binarize="1/1")
+    assert [type(net[i]) for i in (1, 4, 9)] == [nn.Hardtanh, nn.Hardtanh, nn.ReLU]
+
+
 @both
 def test_forward_and_gradients_are_equations_2_to_4(binarize: str) -> None:
     torch.manual_seed(0)

@@ -206,6 +206,16 @@ def test_other_products_of_a_binary_layer_are_real() -> None:
     assert (found.multiply_adds, found.binary_multiply_adds) == (27 * 27 * 4, 27 * 4 * 16)
 
 
+class ByKeyword(ScaledConv):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(input=x.sign(), weight=self.weight.sign(), padding=self.padding)
+
+
+def test_a_convolution_called_by_keywords_counts_as_any_other() -> None:
+    found = complexity(nn.Sequential(ByKeyword(3, 4, 3)), TINY)["0"]
+    assert (found.multiply_adds, found.binary_multiply_adds) == (0, 27 * 4 * 16)
+
+
 # -- what is left as it was --------------------------------------------------------------------------------------------
 
 

@@ -152,3 +152,15 @@ def test_a_base_without_instances_steps_as_before_once_one_is_built() -> None:
     p.grad = torch.ones(1)
     Base([p], lr=0.5).step()
     assert p.item() == 0.5
+
+
+@each_mode
+@pytest.mark.parametrize("value", [float("nan"), -1.0, None, "fast"])
+def test_a_groups_point_lr_that_is_none_is_refused_before_anything_moves(value: Any, mode: str) -> None:
+    net = applied(mode=mode)
+    optimizer = SGD([{"params": list(net.parameters()), "point_lr": value}], lr=0.1)
+    loss_of(net).backward()
+    before = state(net)
+    with pytest.raises(ValueError, match=rf"conv1: .* has point_lr={value!r}; it must be a finite number from 0"):
+        optimizer.step()
+    assert same_state(state(net), before)

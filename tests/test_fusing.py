@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import SGD
 
@@ -61,6 +62,13 @@ def test_fusing_a_copy_leaves_the_original_working(host: Any) -> None:
     hbnn_plugin.fuse(net)
     assert not torch.equal(output(net), output(fused))
     assert torch.equal(output(fused), output(trained(host)))
+
+
+def test_a_model_fused_whole_that_was_applied_in_part_is_plain_in_every_part() -> None:
+    model = nn.Sequential(tiny_net(), nn.Identity())
+    hbnn_plugin.apply(model[0])
+    hbnn_plugin.fuse(model)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_a_fused_model_can_be_applied_again() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim import SGD, Adam
 
 import hbnn_plugin
@@ -97,6 +98,30 @@ def test_an_edit_out_of_the_ball_keeps_its_direction_and_warns_once() -> None:
         weight = net.conv1.weight.detach()[1]
         assert weight.norm() == pytest.approx((1 - MARGIN) * 0.05**-0.5, rel=1e-6)
         assert torch.allclose(weight / weight.norm(), direction, rtol=1e-9)
+
+
+@pytest.mark.parametrize("conv", [IrConv, HardBinaryConv], ids=lambda c: c.__name__)
+def test_looking_between_forward_and_backward_disturbs_nothing(conv: Any) -> None:
+    gradients = []
+    for look in (False, True):
+        net = applied(conv, mode="inplace")
+        loss = loss_of(net)
+        if look:
+            hbnn_plugin.cluster_report(net)
+            hbnn_plugin.flip_ratio(net)
+        loss.backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters()})
+    assert same_state(*gradients)
+
+
+def test_a_weight_that_was_pruned_away_is_reported_and_troubles_nobody_else() -> None:
+    net, other = applied(mode="inplace"), tiny_net()
+    prune.random_unstructured(net.conv1, "weight", 0.3)
+    loss_of(other).backward()
+    with pytest.warns(UserWarning, match=r"conv1: the layer has no Parameter 'weight' any more.*fuse before"):
+        SGD(other.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match=r"conv1: the layer has no Parameter 'weight'"):
+        hbnn_plugin.fuse(net)
 
 
 def test_a_nan_in_the_weight_is_not_hidden() -> None:

@@ -177,6 +177,45 @@ def test_gradcheck_first_and_second_order(space: str, scale: float) -> None:
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("apart", [0.0, 1e-5, 0.5])
+def test_gradcheck_of_the_inverse_also_where_both_points_meet(space: str, apart: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    r = 0.7
+    p, away = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
+    v = apart * away
+    if space == "sphere":  # off which the formula means nothing: x moves on the sphere, with its latent
+        p = on_sphere(p, r)
+        v = (v - r * (p * v).sum(-1, keepdim=True) * p).requires_grad_()
+
+        def there_and_back(v: Tensor) -> Tensor:
+            tangential = v - r * (p * v).sum(-1, keepdim=True) * p
+            return log_map(p, exp_map(p, tangential, r, sphere), r, sphere)
+
+        assert torch.autograd.gradcheck(there_and_back, (v,))
+        torch.testing.assert_close(there_and_back(v), v, rtol=0, atol=1e-9)
+    else:
+        p = inside(p, 0.6, r)
+        x = exp_map(p, v, r).requires_grad_()
+        assert torch.autograd.gradcheck(lambda p, x: log_map(p, x, r), (p.requires_grad_(), x))
+
+
+def test_the_inverse_at_the_antipode_is_finite_with_finite_gradients() -> None:
+    p = on_sphere(torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4)), 1.0)
+    x = (-p).requires_grad_()
+    v = log_map(p, x, 1.0, sphere)
+    (gradient,) = torch.autograd.grad(v.sum(), x)
+    assert v.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_gradcheck_of_the_radius(space: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    p, v = (0.3 * torch.randn(3, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    r = torch.tensor([[0.05], [0.5], [1.0]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda r: exp_map(p, v, r, SPACES[space]), (r,))
+
+
 def test_one_radius_a_point() -> None:
     generator = torch.Generator().manual_seed(5)
     p, v = (torch.randn(3, 4, dtype=torch.float64, generator=generator) * 0.3 for _ in range(2))

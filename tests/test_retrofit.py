@@ -125,6 +125,8 @@ def test_an_assigned_weight_reads_back(options: dict[str, Any], trained: bool) -
         net.conv1.weight = w.where(torch.arange(w.numel()).reshape(w.shape) != 7, torch.nan)
     with pytest.raises(ValueError, match=r"conv1: expected a weight of shape \(5, 4, 3, 3\), got \(2, 2\)"):
         net.conv1.weight = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"conv1: expected a weight of shape \(5, 4, 3, 3\), got \(5, 36\)"):
+        net.conv1.weight = torch.ones(5, 36)
 
 
 def test_messages_name_a_model_that_is_itself_the_layer() -> None:

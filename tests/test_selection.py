@@ -86,6 +86,19 @@ def test_predicates(zoo: nn.Module, where: Any, expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("make", "given", "fragment"),
+    [
+        (by_name, ["conv"], "regular expressions as arguments of their own"),
+        (by_class, [IrConv, HardBinaryConv], "classes as arguments of their own"),
+        (by_class, "Conv2d", "classes as arguments of their own, not .'Conv2d'"),
+    ],
+)
+def test_a_list_where_arguments_are_wanted_is_refused(make: Any, given: Any, fragment: str) -> None:
+    with pytest.raises(TypeError, match=fragment):
+        make(given)
+
+
+@pytest.mark.parametrize(
     "options", [{}, {"space": "sphere", "per": "layer"}, {"binarize": "1/1", "where": by_name("stem")}]
 )
 def test_plan_prints_what_apply_would_do_and_changes_nothing(options: dict[str, Any]) -> None:

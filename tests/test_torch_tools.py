@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 import hbnn_plugin
+from hbnn_plugin.export import save_packed
 from tiny_hosts import (
     BINARY_LAYERS,
     IrConv,
@@ -38,6 +41,48 @@ each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
 
 def weights(net: nn.Module) -> dict[str, Tensor]:
     return {name: net.get_submodule(name).weight.detach().clone() for name in BINARY_LAYERS}
+
+
+@each_mode
+@pytest.mark.parametrize("training", [False, True])
+def test_traces(training: bool, mode: str) -> None:
+    """torch.jit.trace, which TensorBoard's add_graph uses; it traces twice and compares."""
+    net = applied(mode=mode).train(training)
+    x, _ = batch(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        traced = torch.jit.trace(net, x)
+    torch.testing.assert_close(traced(x), net(x))
+
+
+@each_mode
+def test_apply_keeps_a_model_in_evaluation_mode(mode: str) -> None:
+    net = hbnn_plugin.apply(tiny_net(IrConv).eval(), mode=mode)
+    assert not any(epc.training for epc in clusters(net).values())
+
+
+@each_mode
+def test_the_default_device_does_not_matter(mode: str, tmp_path: Path) -> None:
+    """The meta device stands for any that is not the CPU."""
+
+    def prepared(device: str) -> tuple[TinyNet, dict[str, float]]:
+        net, plain = tiny_net(IrConv), tiny_net(IrConv, seed=1).state_dict()
+        with torch.device(device):
+            hbnn_plugin.apply(net, mode=mode)
+            net.load_state_dict(plain)
+            hbnn_plugin.complexity(net, (3, 6, 6))
+            hbnn_plugin.cluster_report(net)
+            save_packed(net, tmp_path / f"{device}.safetensors")
+        train(net, SGD(net.parameters(), lr=0.1), 2)
+        with torch.device(device):
+            flips = hbnn_plugin.flip_ratio(net)
+            return hbnn_plugin.fuse(net), flips
+
+    (net, flips), (reference, expected) = prepared("meta"), prepared("cpu")
+    assert same_state(state(net), state(reference))
+    assert flips == expected
+    assert (tmp_path / "meta.safetensors").read_bytes() == (tmp_path / "cpu.safetensors").read_bytes()
 
 
 # -- torch.func --------------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def _replace(module: fx.GraphModule, conv: fx.Node, binary: SignsAndScales, step
         options = (stride, padding, dilation, step.at_zero != -step.height, layer)
         result = call(torch.ops.hbnn_plugin.binary_conv2d.default, (data, filters, *options))
         if more % 2:
-            ones = torch.ones(1, 1, *step.source.meta["val"].shape[2:])
+            ones = torch.ones(1, 1, *step.source.meta["val"].shape[2:], device=weight.device)
             rest = F.conv2d(ones, fillers[0], None, stride, padding, dilation)
             result = call(torch.ops.aten.add.Tensor, (result, add_constant(module, "odd_channel", rest)))
         if bias is not None:

@@ -82,7 +82,11 @@ def unpack(contents: Contents) -> dict[str, Tensor]:
         if key in contents.ties:
             continue
         packed = state.pop(f"{key}.bits")
-        scale = state.pop(f"{key}.scale") if layer.scale is None else torch.tensor([layer.scale], dtype=torch.float64)
+        scale = (
+            state.pop(f"{key}.scale")
+            if layer.scale is None
+            else torch.tensor([layer.scale], dtype=torch.float64, device="cpu")
+        )
         bits = unpack_bits(packed, torch.Size(layer.shape).numel()).reshape(layer.shape)
         dtype: torch.dtype = getattr(torch, layer.dtype)
         state[key] = signed(bits, scale, layer.unit_dims).reshape(layer.stored or layer.shape).to(dtype)

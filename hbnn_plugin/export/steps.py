@@ -79,8 +79,8 @@ def _is_elementwise(node: fx.Node, constants: Mapping[fx.Node, Tensor]) -> bool:
 
 def _step(source: fx.Node, operators: list[fx.Node], constants: Mapping[fx.Node, Tensor]) -> Step | None:
     """What the operators, in their order, make of numbers in the place of ``source``."""
-    sizes = torch.tensor(_SIZES).view(-1, 1, 1, 1)
-    values: dict[fx.Node, Any] = {**constants, source: torch.cat([-sizes, torch.zeros(1, 1, 1, 1), sizes])}
+    sizes = torch.tensor(_SIZES, device="cpu").view(-1, 1, 1, 1)
+    values: dict[fx.Node, Any] = {**constants, source: torch.cat([-sizes, torch.zeros_like(sizes[:1]), sizes])}
     try:
         for node in operators:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)

@@ -173,7 +173,7 @@ def _translation(ov: Any) -> Callable[[Any], Any]:
     operators = ov.opset1
 
     def single(value: float) -> Any:
-        return operators.constant(torch.full((1, 1, 1, 1), value).numpy())
+        return operators.constant(torch.full((1, 1, 1, 1), value, device="cpu").numpy())
 
     def translate(call: Any) -> Any:
         weight = torch.from_numpy(call.get_input(1).get_node().data.copy())
