@@ -43,14 +43,17 @@ def test_tuning_sees_the_whole_grid_then_the_best_at_full_length_and_never_the_t
     while missing := s.missing(Lines(done)):
         rounds.append(missing)
         done += [line(run, run.recipe.lr if run.arm == "bare" else 1 - run.recipe.lr) for run in missing]
-    grid, finals, fresh = rounds
-    assert [run.split for run in (*grid, *finals)] == ["validation"] * (len(grid) + len(finals))
+    grid, finals, neighbours, fresh = rounds
+    tuning = (*grid, *finals, *neighbours)
+    assert {run.split for run in tuning} == {"validation"}
     assert {(run.arm, run.recipe.lr) for run in grid} == {(a, lr) for a in s.arms for lr in TASK.learning_rates}
     assert {run.recipe.epochs for run in grid} == {TASK.short_epochs}
     assert {(run.arm, run.recipe.lr) for run in finals} == {("bare", 0.3), ("HBNN", 0.1)}
+    assert {(run.arm, run.recipe.lr) for run in neighbours} == {("bare", 0.1), ("HBNN", 0.3)}
+    assert {run.recipe.epochs for run in (*finals, *neighbours)} == {TASK.epochs}
     assert [(run.arm, run.recipe.seed) for run in fresh] == [("bare", 0), ("HBNN", 0), ("bare", 1), ("HBNN", 1)]
     assert {run.split for run in fresh} == {"test"}
-    assert {run.recipe.seed for run in fresh}.isdisjoint({run.recipe.seed for run in (*grid, *finals)})
+    assert {run.recipe.seed for run in fresh}.isdisjoint({run.recipe.seed for run in tuning})
     assert s.epochs_left(Lines(done)) == 0
 
 
@@ -60,7 +63,7 @@ def test_an_ablation_tunes_one_arm_and_gives_all_others_its_settings() -> None:
     while missing := s.missing(Lines(done)):
         left = s.epochs_left(Lines(done))
         done += [line(run, 1 - run.recipe.lr) for run in missing]
-        assert left - s.epochs_left(Lines(done)) == sum(run.recipe.epochs for run in missing)
+        assert s.epochs_left(Lines(done)) >= left - sum(run.recipe.epochs for run in missing)  # neighbours come on top
     tuning = [d["config"] for d in done if d["config"]["split"] == "validation"]
     assert {config["arm"] for config in tuning} == {"HBNN"}
     fresh = [d["config"] for d in done if d["config"]["split"] == "test"]
@@ -75,7 +78,7 @@ def test_a_successor_takes_the_settings_of_its_predecessor_which_need_not_be_com
     while missing := s.missing(Lines(done)):
         left = s.epochs_left(Lines(done))
         done += [line(run, 1 - run.recipe.lr) for run in missing]
-        assert left - s.epochs_left(Lines(done)) == sum(run.recipe.epochs for run in missing)
+        assert s.epochs_left(Lines(done)) >= left - sum(run.recipe.epochs for run in missing)  # neighbours come on top
     assert {d["config"]["arm"] for d in done if d["config"]["split"] == "validation"} == {before}
     assert s.tuned_as(Case(TASK, "plain"), arm) == arm  # no predecessor was tuned there
     (fresh,) = (d["config"] for d in done if d["config"]["split"] == "test")
@@ -91,14 +94,27 @@ def test_a_diverged_run_loses_the_tuning() -> None:
     assert final.recipe.lr == TASK.learning_rates[1]
 
 
-def test_every_finalist_has_a_learning_rate_of_its_own_and_its_best_decay() -> None:
-    task = replace(TASK, learning_rates=(0.1, 0.3, 0.6), weight_decays=(1e-4, 5e-4), finalists=2)
+def test_every_finalist_has_a_learning_rate_of_its_own_and_the_winner_walks_to_where_no_neighbour_is_better() -> None:
+    task = replace(
+        TASK, learning_rates=(0.1, 0.3, 0.6), weight_decays=(1e-4, 5e-4), finalists=2, wider=((0.03,), (1e-3,))
+    )
     s = Study([Case(task, CASE.host)], {"bare": ARMS["bare"]}, 1, compiled=False)
     accuracy = {(0.6, 1e-4): 0.5, (0.6, 5e-4): 0.49, (0.3, 5e-4): 0.48, (0.3, 1e-4): 0.47}
     grid = s.grid(s.cases[0], "bare")
     done = [line(run, accuracy.get((run.recipe.lr, run.recipe.weight_decay), 0.4)) for run in grid]
     finals = s.finals(s.cases[0], "bare", Lines(done))
     assert [(run.recipe.lr, run.recipe.weight_decay) for run in finals] == [(0.6, 1e-4), (0.3, 5e-4)]
+    rounds = []
+    while missing := [run for run in s.finals(s.cases[0], "bare", Lines(done)) if run not in Lines(done)]:
+        rounds.append({(run.recipe.lr, run.recipe.weight_decay) for run in missing})
+        done += [line(run, 0.5 - abs(run.recipe.lr - 0.1) - abs(run.recipe.weight_decay - 1e-3)) for run in missing]
+    assert rounds == [
+        {(0.6, 1e-4), (0.3, 5e-4)},
+        {(0.1, 5e-4), (0.3, 1e-4), (0.3, 1e-3), (0.6, 5e-4)},
+        {(0.03, 5e-4), (0.1, 1e-4), (0.1, 1e-3)},
+        {(0.03, 1e-3)},
+    ]
+    assert s.tuned(s.cases[0], "bare", Lines(done)) == (0.1, 1e-3)
 
 
 def test_a_name_changes_no_configuration_and_every_option_does() -> None:

@@ -77,6 +77,7 @@ def run_missing(comparison: Comparison, data: Path, ledger_path: Path, folder: P
     context = multiprocessing.get_context("spawn")
     epochs = context.SimpleQueue()
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(epochs, os.getpid()))
+    finished_epochs = 0
     with pool, tqdm(total=comparison.epochs_left(Lines(lines)), unit="epoch", dynamic_ncols=True) as bar:
         running: dict[Future[dict[str, Any]], Run] = {}
         while True:
@@ -96,6 +97,8 @@ def run_missing(comparison: Comparison, data: Path, ledger_path: Path, folder: P
                 run = running.pop(future)
                 line = future.result()
                 lines.append(line)
+                finished_epochs += run.recipe.epochs
+                bar.total = finished_epochs + comparison.epochs_left(Lines(lines))
                 bar.write(_finish(run, line, ledger_path, folder))
 
 

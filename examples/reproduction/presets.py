@@ -24,6 +24,8 @@ class Task:
     """Of the first tuning round, which sees the whole grid; a grid of one point is not tuned."""
     finalists: int = 3
     """Learning rates that reach the second tuning round, of the full length, each with its best weight decay."""
+    wider: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+    """Further learning rates and weight decays that tuning may reach from its best point at the full length."""
     readout: int = 1
     """Accuracy is the mean over so many last epochs."""
     limit: int | None = None
@@ -33,6 +35,15 @@ class Task:
     def grid(self) -> list[tuple[float, float]]:
         """Learning rate and weight decay of each point that tuning may choose."""
         return list(product(self.learning_rates, self.weight_decays))
+
+    def neighbours(self, lr: float, decay: float) -> list[tuple[float, float]]:
+        """The next smaller and larger learning rate and weight decay, one of them changed at a time."""
+        rates, decays = (
+            sorted({*own, *more}) for own, more in zip((self.learning_rates, self.weight_decays), self.wider)
+        )
+        i, j = rates.index(lr), decays.index(decay)
+        near = ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1))
+        return [(rates[m], decays[n]) for m, n in near if 0 <= m < len(rates) and 0 <= n < len(decays)]
 
     def __str__(self) -> str:
         return f"{self.dataset} {self.arch}"
@@ -53,7 +64,8 @@ class Preset:
 
 def _medium(dataset: str, arch: str) -> Task:
     # 120 epochs is where the paper's Table I is read
-    return Task(dataset, arch, 32, 120, 256, (0.1, 0.3, 0.6), (1e-4, 2e-4, 5e-4), short_epochs=30)
+    grid = (0.1, 0.3, 0.6), (1e-4, 2e-4, 5e-4)
+    return Task(dataset, arch, 32, 120, 256, *grid, short_epochs=30, wider=((0.03, 1.2), (5e-5, 1e-3)))
 
 
 def _paper(dataset: str, arch: str) -> Task:
@@ -76,7 +88,19 @@ PRESETS = {
         compiled=False,
     ),
     "small": Preset(
-        (Task("cifar10", "resnet8", 16, 40, 128, (0.1, 0.3, 0.6, 1.2), (1e-4, 2e-4, 5e-4), short_epochs=10),),
+        (
+            Task(
+                "cifar10",
+                "resnet8",
+                16,
+                40,
+                128,
+                (0.1, 0.3, 0.6, 1.2),
+                (1e-4, 2e-4, 5e-4),
+                short_epochs=10,
+                wider=((0.03,), (5e-5, 1e-3)),
+            ),
+        ),
         seeds=5,
         rungs=((10, 18), (20, 5), (40, 2)),
     ),

@@ -1,9 +1,9 @@
 """Which runs a comparison needs next, given the lines so far.
 
 Protocol, the same for every arm: the learning rate and the weight decay come from the same grid, by accuracy on
-held-out training images; the whole grid at a short schedule first, then the best learning rates at the full one, each
-with its best decay: a short schedule favours large rates, so one rate alone must not fill the second round. Fresh seeds
-with the winner then train on all training images and are read on the test set, after the last epoch.
+held-out training images. The whole grid trains at a short schedule, which favours large steps; so the best learning
+rates, each with its best decay, train at the full one, then the winner's neighbours, and so on until no neighbour is
+better. Fresh seeds with the winner train on all training images and are read on the test set, after the last epoch.
 
 An ablation asks what a part of one arm does, all else equal: every arm trains with what the tuning chose for that one.
 An arm may also take another one's settings, such as its predecessor's (``Arm.tuned_as``).
@@ -126,19 +126,27 @@ class Study:
         return [self.run(case, arm, lr, decay, epochs, TUNING_SEED, "validation") for lr, decay in points]
 
     def finals(self, case: Case, arm: str, lines: Lines) -> list[Run]:
-        """The second tuning round; empty while the first is unfinished."""
+        """The second tuning round, as far as it is known; empty while the first is unfinished."""
         grid = self.grid(case, arm)
-        if not lines.done(grid):
+        if not grid or not lines.done(grid):
             return []
         ranked = sorted(grid, key=lines.accuracy, reverse=True)
         by_rate: dict[float, Run] = {}
         for run in ranked:
             by_rate.setdefault(run.recipe.lr, run)
-        best = list(by_rate.values())[: case.task.finalists]
-        return [
-            self.run(case, arm, run.recipe.lr, run.recipe.weight_decay, case.task.epochs, TUNING_SEED, "validation")
-            for run in best
-        ]
+
+        def whole(lr: float, decay: float) -> Run:
+            return self.run(case, arm, lr, decay, case.task.epochs, TUNING_SEED, "validation")
+
+        best = [(run.recipe.lr, run.recipe.weight_decay) for run in by_rate.values()][: case.task.finalists]
+        found = {point: whole(*point) for point in best}
+        while lines.done(found.values()):
+            top = max(found, key=lambda point: lines.accuracy(found[point]))
+            more = [point for point in case.task.neighbours(*top) if point not in found]
+            if not more:
+                break
+            found |= {point: whole(*point) for point in more}
+        return list(found.values())
 
     def tuned(self, case: Case, arm: str, lines: Lines) -> tuple[float, float] | None:
         """Learning rate and decay that won the tuning; None while it is unfinished."""
@@ -167,14 +175,13 @@ class Study:
         return [run for run in (*grids, *finals, *fresh) if run not in lines]
 
     def epochs_left(self, lines: Lines) -> int:
-        """Of everything, with what the tuning has yet to decide."""
-        left, known = 0, []
+        """Of everything that is known to be needed; tuning may ask for more neighbours."""
+        missing = self.missing(lines)
+        left = sum(run.recipe.epochs for run in missing)
         for case, arm in self.tuned_pairs:
-            task, grid = case.task, self.grid(case, arm)
-            finals = min(task.finalists, len(task.learning_rates)) if grid else 0
-            left += len(grid) * task.short_epochs + finals * task.epochs
-            known += [*grid, *self.finals(case, arm, lines)]
+            if self.grid(case, arm) and not self.finals(case, arm, lines):
+                left += min(case.task.finalists, len(case.task.learning_rates)) * case.task.epochs
         for case, arm in self.pairs:
-            left += self.seeds * case.task.epochs
-            known += self.fresh(case, arm, lines)
-        return left - sum(run.recipe.epochs for run in known if run in lines)
+            if self.tuned(case, arm, lines) is None:
+                left += self.seeds * case.task.epochs
+        return left
