@@ -25,7 +25,8 @@ def fuse(model: M) -> M:
 
     Every weight becomes exp_p(v) as it is now, in the very Parameter object that held the latent (optimizers and ties
     keep it), under the host's own state_dict keys, in the host's own classes. Layers that ``binarize`` made come to
-    hold their ±scale as weight, in ``nn.Conv2d``, behind a small sign module where activations are binary.
+    hold their ±scale as weight, in ``nn.Conv2d``, behind a small sign module where activations are binary; the
+    ``nn.Hardtanh`` that it put in the place of ``nn.ReLU`` stay.
 
     Fusing a deepcopy leaves the original working.
 

@@ -126,7 +126,7 @@ def apply(
         where: predicate ``(module, qualified_name) -> bool``; default: convolutions of a class of the model's own. See
             :func:`by_name` and :func:`by_class`.
         binarize: for a full-precision model: ``"1/1"`` (weights/activations) or ``"1/32"`` binarizes its convolutions
-            first.
+            first. For ``"1/1"`` every ``nn.ReLU`` outside the classifier becomes ``nn.Hardtanh``.
         mode: ``"parametrize"``: the weight becomes a torch parametrization of its latent; ``"inplace"``: the host keeps
             its weight, class and keys, and only an optimizer's step sees the latent. By default parametrize, unless
             something is seen that takes in-place mode (:mod:`hbnn_plugin.idioms`, a model in DDP); ``plan`` tells.
