@@ -1,4 +1,4 @@
-"""Which reading of the paper's open choices should be the default, under its own rule? A comparison on CIFAR-10's training images.
+"""Which reading of the paper's open choices is best under its own rule? A comparison on CIFAR-10's training images.
 
     python examples/defaults.py --data DIR        # runs what is missing, two at a time, then prints the table
     python examples/defaults.py --report          # the table, from the committed results alone

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(run)
             for pair in missing_surfaces(study, lines, surfaces) if surfaces else ():
                 print("surface of", *pair)
+            print(f"{comparison.epochs_left(lines):,} epochs, and what tuning may ask for beyond")
         elif args.report:
             write_report(
                 args.experiment, comparison, lines, args.results / f"{args.experiment}-{args.preset}", surfaces

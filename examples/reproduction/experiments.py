@@ -66,7 +66,7 @@ EXPERIMENTS = {
         "What spectral points gain by, all else equal",
         ("cifar10",),
         ("irnet",),
-        ("HBNN, spectral, √lr", "Euclidean, spectral, √lr", "bare, Muon"),
+        ("HBNN, spectral, √lr", "Euclidean, spectral, √lr", "bare, Muon", BARE),
         ablated="HBNN, spectral, √lr",
     ),
     "table1": Experiment("Radius", ("cifar100",), ("plain",), (BARE, *RADII)),
