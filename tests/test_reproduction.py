@@ -105,8 +105,11 @@ def test_every_finalist_has_a_learning_rate_of_its_own_and_the_winner_walks_to_w
     finals = s.finals(s.cases[0], "bare", Lines(done))
     assert [(run.recipe.lr, run.recipe.weight_decay) for run in finals] == [(0.6, 1e-4), (0.3, 5e-4)]
     rounds = []
+    assert s.setting(s.cases[0], "bare", Lines(done)) is None
     while missing := [run for run in s.finals(s.cases[0], "bare", Lines(done)) if run not in Lines(done)]:
         rounds.append({(run.recipe.lr, run.recipe.weight_decay) for run in missing})
+        assert not s.is_tuned(s.cases[0], "bare", Lines(done))
+        assert {run.recipe.seed for run in s.missing(Lines(done))} == {finals[0].recipe.seed}, "no fresh seeds yet"
         done += [line(run, 0.5 - abs(run.recipe.lr - 0.1) - abs(run.recipe.weight_decay - 1e-3)) for run in missing]
     assert rounds == [
         {(0.6, 1e-4), (0.3, 5e-4)},
@@ -114,7 +117,7 @@ def test_every_finalist_has_a_learning_rate_of_its_own_and_the_winner_walks_to_w
         {(0.03, 5e-4), (0.1, 1e-4), (0.1, 1e-3)},
         {(0.03, 1e-3)},
     ]
-    assert s.tuned(s.cases[0], "bare", Lines(done)) == (0.1, 1e-3)
+    assert s.setting(s.cases[0], "bare", Lines(done)) == (0.1, 1e-3)
 
 
 def test_a_name_changes_no_configuration_and_every_option_does() -> None:

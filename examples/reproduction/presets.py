@@ -36,11 +36,19 @@ class Task:
         """Learning rate and weight decay of each point that tuning may choose."""
         return list(product(self.learning_rates, self.weight_decays))
 
+    @property
+    def reachable(self) -> list[tuple[float, float]]:
+        """The grid with what lies beyond it."""
+        return list(product(*self._ladders))
+
+    @property
+    def _ladders(self) -> tuple[list[float], list[float]]:
+        rates, decays = self.wider
+        return sorted({*self.learning_rates, *rates}), sorted({*self.weight_decays, *decays})
+
     def neighbours(self, lr: float, decay: float) -> list[tuple[float, float]]:
         """The next smaller and larger learning rate and weight decay, one of them changed at a time."""
-        rates, decays = (
-            sorted({*own, *more}) for own, more in zip((self.learning_rates, self.weight_decays), self.wider)
-        )
+        rates, decays = self._ladders
         i, j = rates.index(lr), decays.index(decay)
         near = ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1))
         return [(rates[m], decays[n]) for m, n in near if 0 <= m < len(rates) and 0 <= n < len(decays)]

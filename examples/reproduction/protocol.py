@@ -126,51 +126,58 @@ class Study:
         return [self.run(case, arm, lr, decay, epochs, TUNING_SEED, "validation") for lr, decay in points]
 
     def finals(self, case: Case, arm: str, lines: Lines) -> list[Run]:
-        """The second tuning round, as far as it is known; empty while the first is unfinished."""
+        """The second tuning round as far as it is known, and all else of its length that has run; empty while the first
+        is unfinished.
+        """
         grid = self.grid(case, arm)
         if not grid or not lines.done(grid):
             return []
-        ranked = sorted(grid, key=lines.accuracy, reverse=True)
-        by_rate: dict[float, Run] = {}
-        for run in ranked:
-            by_rate.setdefault(run.recipe.lr, run)
 
-        def whole(lr: float, decay: float) -> Run:
-            return self.run(case, arm, lr, decay, case.task.epochs, TUNING_SEED, "validation")
+        def whole(point: tuple[float, float]) -> Run:
+            return self.run(case, arm, *point, case.task.epochs, TUNING_SEED, "validation")
 
-        best = [(run.recipe.lr, run.recipe.weight_decay) for run in by_rate.values()][: case.task.finalists]
-        found = {point: whole(*point) for point in best}
+        by_rate: dict[float, tuple[float, float]] = {}
+        for run in sorted(grid, key=lines.accuracy, reverse=True):
+            by_rate.setdefault(run.recipe.lr, (run.recipe.lr, run.recipe.weight_decay))
+        found = {point: whole(point) for point in list(by_rate.values())[: case.task.finalists]}
+        found |= {point: run for point in case.task.reachable if (run := whole(point)) in lines}
         while lines.done(found.values()):
             top = max(found, key=lambda point: lines.accuracy(found[point]))
             more = [point for point in case.task.neighbours(*top) if point not in found]
             if not more:
                 break
-            found |= {point: whole(*point) for point in more}
+            found |= {point: whole(point) for point in more}
         return list(found.values())
 
-    def tuned(self, case: Case, arm: str, lines: Lines) -> tuple[float, float] | None:
-        """Learning rate and decay that won the tuning; None while it is unfinished."""
+    def is_tuned(self, case: Case, arm: str, lines: Lines) -> bool:
+        """Whether tuning has nothing more to ask."""
+        arm = self.tuned_as(case, arm)
+        finals = self.finals(case, arm, lines)
+        return not self.grid(case, arm) or (bool(finals) and lines.done(finals))
+
+    def setting(self, case: Case, arm: str, lines: Lines) -> tuple[float, float] | None:
+        """Learning rate and decay that win the tuning, or lead it so far; None before a run of the full length."""
         arm = self.tuned_as(case, arm)
         if not self.grid(case, arm):
             return case.task.grid[0]
-        finals = self.finals(case, arm, lines)
-        if not finals or not lines.done(finals):
+        done = [run for run in self.finals(case, arm, lines) if run in lines]
+        if not done:
             return None
-        best = max(finals, key=lines.accuracy)
+        best = max(done, key=lines.accuracy)
         return best.recipe.lr, best.recipe.weight_decay
 
     def fresh(self, case: Case, arm: str, lines: Lines) -> list[Run]:
-        """The runs on the test set; empty while tuning is unfinished."""
-        best = self.tuned(case, arm, lines)
-        if best is None:
+        """The runs on the test set at this setting."""
+        setting = self.setting(case, arm, lines)
+        if setting is None:
             return []
-        return [self.run(case, arm, *best, case.task.epochs, seed, "test") for seed in range(self.seeds)]
+        return [self.run(case, arm, *setting, case.task.epochs, seed, "test") for seed in range(self.seeds)]
 
     def missing(self, lines: Lines) -> list[Run]:
         """What can run now: tuning before fresh seeds, and of these one seed of every arm before the next."""
         grids = [run for pair in self.tuned_pairs for run in self.grid(*pair)]
         finals = [run for pair in self.tuned_pairs for run in self.finals(*pair, lines)]
-        fresh = [run for pair in self.pairs for run in self.fresh(*pair, lines)]
+        fresh = [run for pair in self.pairs if self.is_tuned(*pair, lines) for run in self.fresh(*pair, lines)]
         fresh.sort(key=lambda run: run.recipe.seed)
         return [run for run in (*grids, *finals, *fresh) if run not in lines]
 
@@ -182,6 +189,6 @@ class Study:
             if self.grid(case, arm) and not self.finals(case, arm, lines):
                 left += min(case.task.finalists, len(case.task.learning_rates)) * case.task.epochs
         for case, arm in self.pairs:
-            if self.tuned(case, arm, lines) is None:
+            if not self.is_tuned(case, arm, lines):
                 left += self.seeds * case.task.epochs
         return left

@@ -37,8 +37,8 @@ class Search:
         return Study(self.cases, {BARE: Arm()}, 0, self.compiled)
 
     def _run(self, case: Case, arm: str, epochs: int, lines: Lines) -> Run | None:
-        best = self.bare.tuned(case, BARE, lines)
-        if best is None:
+        best = self.bare.setting(case, BARE, lines)
+        if best is None or not self.bare.is_tuned(case, BARE, lines):
             return None
         study = Study(self.cases, {BARE: Arm(), **self.candidates}, 0, self.compiled)
         return study.run(case, arm, *best, epochs, TUNING_SEED, "validation")

@@ -66,8 +66,10 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _cells(study: Study, case: Case, arm: str, lines: Lines) -> list[str]:
-    best, found = study.tuned(case, arm, lines), accuracies(study, case, arm, lines)
+    best, found = study.setting(case, arm, lines), accuracies(study, case, arm, lines)
     setting = f"{best[0]:g}, {best[1]:g}" if best else "not tuned yet"
+    if best and not study.is_tuned(case, arm, lines):
+        setting += ", so far"
     if (tuned_as := study.tuned_as(case, arm)) not in (arm, study.ablated):
         setting += f", as {tuned_as}"
     if not found:
@@ -123,21 +125,22 @@ def _tuning(study: Study, case: Case, lines: Lines) -> str:
     tuned = [arm for of, arm in study.tuned_pairs if of == case]
     arms = [arm for arm in tuned if any(run in lines for run in study.grid(case, arm))]
     rows = [_line([f"{case}: lr, decay", *arms]), "|---|" + "---|" * len(arms)]
-    for lr, decay in case.task.grid:
+    for lr, decay in case.task.reachable:
         cells = [_tuned(study, case, arm, (lr, decay), lines) for arm in arms]
-        rows.append(_line([f"{lr:g}, {decay:g}", *cells]))
+        if any(cells):
+            rows.append(_line([f"{lr:g}, {decay:g}", *cells]))
     return "\n".join(rows)
 
 
 def _tuned(study: Study, case: Case, arm: str, point: tuple[float, float], lines: Lines) -> str:
-    rounds = study.grid(case, arm), study.finals(case, arm, lines)
+    rounds = ("", study.grid(case, arm)), ("→ ", study.finals(case, arm, lines))
     found = [
-        "diverged" if "diverged" in lines.of(run) else f"{100 * lines.accuracy(run):.1f}"
-        for runs in rounds
+        arrow + ("diverged" if "diverged" in lines.of(run) else f"{100 * lines.accuracy(run):.1f}")
+        for arrow, runs in rounds
         for run in runs
         if run in lines and (run.recipe.lr, run.recipe.weight_decay) == point
     ]
-    return " → ".join(found)
+    return " ".join(found)
 
 
 def search_table(search: Search, lines: Lines) -> str:
