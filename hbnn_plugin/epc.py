@@ -241,6 +241,11 @@ def _exp_plain(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Ten
     return combine((alpha, beta), (p, v))
 
 
+def _may_learn(radius: Tensor) -> bool:
+    # inside vmap a tensor does not tell what is outside
+    return radius.requires_grad or torch._C._functorch.is_batchedtensor(radius)
+
+
 def exp_map(p: Tensor, v: Tensor, radius: Radius, space: Space = ball, dims: Dims = (-1,)) -> Tensor:
     r"""EPC_p(v) = exp_p(v), the weight of latent v seen from point p ([HBNN] Eq. 6).
 
@@ -256,8 +261,7 @@ def exp_map(p: Tensor, v: Tensor, radius: Radius, space: Space = ball, dims: Dim
     """
     dtype = working_dtype(v.dtype)
     p_work, v_work = torch.broadcast_tensors(p.to(dtype), v.to(dtype))
-    learnable = isinstance(radius, Tensor) and radius.requires_grad
-    if traced() or learnable:
+    if traced() or (isinstance(radius, Tensor) and _may_learn(radius)):
         return _exp_plain(p_work, v_work, radius, space, dims).to(v.dtype)
     x: Tensor = _Exp.apply(p_work, v_work, None, radius, space, dims)[0]  # type: ignore[no-untyped-call]
     return x.to(v.dtype)

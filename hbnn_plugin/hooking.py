@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -31,45 +31,55 @@ def _begin(optimizer: Optimizer, closure: object) -> PointStep | None:
         if goes_on:
             return step
     step = PointStep(optimizer)
-    for epc, _ in step.held:
-        epc.hooked = True
     if not (step.clusters or step.swaps):
         return None
-    step.framed = _frame(optimizer)
-    if step.swaps and not step.framed:
-        raise RuntimeError(
-            f"{step.swaps[0].name} is in in-place mode, which has to frame the optimizer's step, and "
-            f"{type(optimizer).__name__}.step has been replaced by a function that hides torch's own: decorate it with "
-            "functools.wraps, use hbnn_plugin.ClusterSGD, ClusterAdam or ClusterAdamW, or apply with mode='parametrize'"
-        )
     in_progress().append(step)
+    _frame(type(optimizer))
     return step
 
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if getattr(optimizer, "steps_points_itself", False):
         return None
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-    closure = closure if callable(closure) else None
+    closure = _closure_in(args[1:], kwargs)  # args[0] is the optimizer
     if getattr(closure, "points_of", None) is optimizer:  # super().step(closure)
         return None
     step = _begin(optimizer, closure)
-    if step is None:
+    if step is None or step.swaps:
         return None
+    # The frame does the same, and once more where the gradients have changed by then; but it may be hidden.
     if closure is None:
-        if not step.framed:
-            step.gather()
+        step.gather()
         return None
-    if len(args) > 1:
-        return (args[0], step.wrap(closure), *args[2:]), kwargs
-    return args, {**kwargs, "closure": step.wrap(closure)}
+    args, kwargs = _wrapped(step, args[1:], kwargs)
+    return (optimizer, *args), kwargs
+
+
+def _closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+    closure = args[0] if args else kwargs.get("closure")
+    return closure if callable(closure) else None
+
+
+def _wrapped(step: PointStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a step with its closure, if there is one, wrapped."""
+    closure = _closure_in(args, kwargs)
+    if closure is None or getattr(closure, "points_of", None) is step.optimizer:
+        return args, kwargs
+    return ((step.wrap(closure), *args[1:]), kwargs) if args else (args, {**kwargs, "closure": step.wrap(closure)})
 
 
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     step = open_step(optimizer)
-    if step is not None and not step.frames:
-        del in_progress()[in_progress().index(step) :]
-        step.finish()
+    if step is None or step.frames:
+        return
+    del in_progress()[in_progress().index(step) :]
+    if step.swaps and not step.framed:
+        raise RuntimeError(
+            f"{step.swaps[0].name} is in in-place mode, and this step has trained the bare host: "
+            f"{type(optimizer).__name__}.step has been replaced by a function that hides torch's own. Decorate it with "
+            "functools.wraps, use hbnn_plugin.ClusterSGD, ClusterAdam or ClusterAdamW, or apply with mode='parametrize'"
+        )
+    step.finish()
 
 
 def _cell_of_step() -> tuple[CodeType, int]:
@@ -85,45 +95,43 @@ def _cell_of_step() -> tuple[CodeType, int]:
 _WRAPPER, _CELL = _cell_of_step()
 
 
-def _frame(optimizer: Optimizer) -> bool:
-    """Frame this optimizer's step, in the closure cell from which torch's wrapper takes it; False if that is hidden.
+def _frame(optimizer_class: type[Optimizer]) -> None:
+    """Frame the class's step, in the closure cell from which torch's wrapper takes it, and that of its bases.
 
     torch's hooks cannot do this: none runs after a step, or another hook, that raises; and other hooks, or a subclass's
     ``step`` before it calls ``super().step()``, may still clip the gradients after the global ones. The wrapper looks
     into the cell after the hooks that run before a step, so that this holds for the step in progress too, and for every
     reference to the wrapper that somebody (a scheduler) has taken.
     """
-    wrapped = []
-    for cls in type(optimizer).__mro__:
+    for cls in optimizer_class.__mro__:
         step = cls.__dict__.get("step")
         if step is None or cls is Optimizer or not issubclass(cls, Optimizer):
             continue
         wrapper = step
         while wrapper is not None and getattr(wrapper, "__code__", None) is not _WRAPPER:
             wrapper = getattr(wrapper, "__wrapped__", None)
-        wrapped.append(wrapper is not None)
         if wrapper is not None:
             cell = wrapper.__closure__[_CELL]
             if not hasattr(cell.cell_contents, "frames_points"):
                 cell.cell_contents = _framed(cell.cell_contents)
-        elif not hasattr(step, "frames_points"):  # torch wraps it when one is built: until then a base, for super()
+        elif isinstance(step, FunctionType) and not hasattr(step, "frames_points"):
+            # torch wraps it when one is built: until then it is a base, for super()
             cls.step = _framed(step)  # type: ignore[method-assign]
-    return next(iter(wrapped), False)
 
 
 def _framed(step_function: Callable[..., Any]) -> Callable[..., Any]:
     # Without its attributes: by one of them torch.compiler.disable would find, below, what a step that somebody has
     # disabled already is made of, and take that instead of this frame.
     @functools.wraps(step_function, updated=())
-    def framed(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def framed(optimizer: Optimizer, /, *args: Any, **kwargs: Any) -> Any:
         step = open_step(optimizer)
         if step is None:
             return step_function(optimizer, *args, **kwargs)
-        closure = args[0] if args else kwargs.get("closure")
-        step.frames += 1
+        args, kwargs = _wrapped(step, args, kwargs)
+        step.frames, step.framed = step.frames + 1, True
         try:
             step.enter()
-            if closure is None and not step.holds_all():
+            if _closure_in(args, kwargs) is None:
                 step.gather()
             result = step_function(optimizer, *args, **kwargs)
             step.finish()
@@ -133,7 +141,8 @@ def _framed(step_function: Callable[..., Any]) -> Callable[..., Any]:
                 step.leave()
         return result
 
-    eager: Callable[..., Any] = torch.compiler.disable(framed)  # a compiler would trace the points' bookkeeping
+    # The step itself may be compiled; the bookkeeping in PointStep is not.
+    eager: Callable[..., Any] = torch.compiler.disable(framed, recursive=False)
     eager.frames_points = True  # type: ignore[attr-defined]
     return eager
 

@@ -151,7 +151,7 @@ class InPlace(EPC):
             )
 
     def _watch_steps(self, module: nn.Module, args: object) -> None:
-        if traced():
+        if traced() or not self.registered:
             return
         changes = self._watch.sees_a_still_point(self, self.parameter)
         if self._watch.is_over:

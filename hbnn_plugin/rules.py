@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from numbers import Real
 from typing import Any, NamedTuple
 
 import geoopt
@@ -86,7 +87,9 @@ class _Direction(NamedTuple):
 def check_point_lr(epc: EPC, group: Mapping[str, Any]) -> None:
     """Raise ValueError if this parameter group's ``point_lr`` is none."""
     factor = group.get("point_lr", 0.0)
-    if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+    if isinstance(factor, Tensor):  # on a GPU looking would wait
+        return
+    if not isinstance(factor, Real) or not 0 <= float(factor) < math.inf:
         raise ValueError(
             f"{epc.name}: its weight's parameter group has point_lr={factor!r}; it must be a finite number from 0"
         )

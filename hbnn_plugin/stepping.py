@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ from .sharding import sharded_like, whole
 __all__ = ["PointStep", "held_clusters", "in_progress", "open_step", "step_points"]
 
 _open = threading.local()
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _not_compiled(function: F) -> F:
+    """An optimizer's step may be compiled; of its points' bookkeeping a compiler would guard on every count."""
+    eager: F = torch.compiler.disable(function)
+    return eager
 
 
 def held_clusters(optimizer: Optimizer) -> list[tuple[EPC, dict[str, Any]]]:
@@ -88,22 +96,25 @@ class PointStep:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.held = held_clusters(optimizer)
+        for epc, _ in self.held:
+            epc.hooked = True
         self.clusters = [(epc, group) for epc, group in self.held if epc.settings.rule != "fixed"]
         self.swaps = [epc for epc, _ in self.held if isinstance(epc, InPlace) and not epc.swapped]
         self.frames = 0  # of this optimizer's step in progress: more than one inside super().step()
-        self.framed = False  # whether the step is known to run in a frame
+        self.framed = False  # whether one has been opened
         self.pending: dict[int, _Pending] = {}
-        self._evaluations = 0
 
     def wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, with the gradients gathered after its first evaluation."""
+        evaluations = 0
 
         def evaluate() -> Any:
+            nonlocal evaluations
             self.leave()
             loss = closure()
             self.enter()
-            self._evaluations += 1
-            if self._evaluations == 1:
+            evaluations += 1
+            if evaluations == 1:
                 self.gather()
             elif any(epc.settings.order == "alternating" for epc, _ in self.clusters):
                 raise RuntimeError(
@@ -115,21 +126,27 @@ class PointStep:
         evaluate.points_of = self.optimizer  # type: ignore[attr-defined]
         return evaluate
 
+    @_not_compiled
     def enter(self) -> None:
         """Let the latents into the weights of in-place hosts."""
         enter(self.swaps)
 
+    @_not_compiled
     def leave(self) -> None:
         """Let the mapped weights back in."""
         leave(self.swaps)
 
+    @_not_compiled
     def gather(self) -> None:
-        """Recover the points' gradients, but for those that an enclosing step has from the very same gradients."""
+        """Recover the points' gradients, but for those that a step in progress has from the very same gradients."""
         due = []
         for epc, group in self.clusters:
-            gradient = epc.parameter.grad
             check_point_lr(epc, group)
-            if gradient is not None and not self._take_over(epc, gradient, group):
+            gradient = epc.parameter.grad
+            if gradient is None:  # somebody has taken it away within the step
+                for step in in_progress():
+                    step.pending.pop(id(epc), None)
+            elif not self._take_over(epc, gradient, group):
                 due.append((epc, gradient, group))
         if not due:
             return
@@ -153,19 +170,23 @@ class PointStep:
 
     def _take_over(self, epc: EPC, gradient: Tensor, group: dict[str, Any]) -> bool:
         for step in reversed(in_progress()):
-            pending = step.pending.get(id(epc))
+            pending = step.pending.pop(id(epc), None)
             if pending is not None and pending.comes_from(gradient):
                 pending.group = group
-                self.pending[id(epc)] = step.pending.pop(id(epc))
+                self.pending[id(epc)] = pending
                 return True
+            if pending is not None and pending.gradient is gradient and pending.landing is not None:
+                _bring_back(pending, pending.landing)
         return False
 
     def holds_all(self) -> bool:
-        """Whether every gradient that is there now has been gathered here."""
+        """Whether every gradient that is there now has been gathered here, and nothing else."""
         gradients = [(self.pending.get(id(epc)), epc.parameter.grad) for epc, _ in self.clusters]
         there = [(pending, gradient) for pending, gradient in gradients if gradient is not None]
-        return bool(there) and all(p is not None and p.comes_from(g) for p, g in there)
+        gathered = all(pending is not None and pending.comes_from(gradient) for pending, gradient in there)
+        return gathered and 0 < len(there) == len(self.pending)
 
+    @_not_compiled
     def finish(self) -> None:
         """Move the points."""
         pending, self.pending = self.pending, {}
@@ -198,6 +219,15 @@ def _rewrite(gradient: Tensor, epc: EPC, found: Recovered) -> None:
     gradient.copy_(sharded_like(kept, gradient))
 
 
+def _bring_back(pending: _Pending, landing: list[Tensor]) -> None:
+    """Undo :func:`_rewrite` in a gradient that somebody has changed since, such as clipped."""
+    epc, here = pending.epc, _state(pending.epc)
+    _restore(epc, landing)
+    (found,) = recover([epc], [pending.gradient], upstream=True)
+    _restore(epc, here)
+    _rewrite(pending.gradient, epc, found)
+
+
 def in_progress() -> list[PointStep]:
     """The steps in progress on this thread, outermost first."""
     if not hasattr(_open, "steps"):
@@ -206,6 +236,7 @@ def in_progress() -> list[PointStep]:
     return steps
 
 
+@_not_compiled
 def open_step(optimizer: Optimizer) -> PointStep | None:
     return next((step for step in reversed(in_progress()) if step.optimizer is optimizer), None)
 
@@ -225,7 +256,7 @@ def step_points(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} holds no latent weight: call hbnn_plugin.apply(model) first, and pass "
             "model.parameters()"
         )
-    if getattr(type(optimizer).step, "hooked", False):
+    if getattr(getattr(type(optimizer), "step", None), "hooked", False):
         raise ValueError(
             f"{type(optimizer).__name__} fires torch's step hooks, so that its points move by themselves: leave "
             "step_points out"

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from hbnn_plugin.hooking import _CELL, _WRAPPER
-from tiny_hosts import loss_of, same_state, state
-from training_helpers import applied, steps
+from tiny_hosts import SmoothConv, clusters, loss_of, same_state, state
+from training_helpers import F64, applied, closure_of, steps
 
 LIMIT = 0.01
 
@@ -58,6 +58,113 @@ def test_points_see_gradients_as_clipped_within_the_step(clipping: Callable[[Any
     assert same_state(state(net), state(reference))
 
 
+def half(parameters: Any) -> None:
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.mul_(0.5)
+
+
+class Halving(SGD):
+    """Halves gradients within its step, in the closure if there is one."""
+
+    def step(self, closure: Any = None) -> Any:
+        parameters = self.param_groups[0]["params"]
+        if closure is None:
+            half(parameters)
+            return super().step()
+
+        def halved() -> Any:
+            loss = closure()
+            half(parameters)
+            return loss
+
+        return super().step(halved)
+
+
+@pytest.mark.parametrize("order", ["simultaneous", "alternating"])
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_subclass_that_scales_gradients_scales_those_of_the_points(with_closure: bool, order: str) -> None:
+    """In float64, so that a half of the gradients and a half of the loss are the same."""
+    net, reference = (applied(SmoothConv, dtype=F64, rule="mobius", order=order) for _ in range(2))
+    optimizer, plain = Halving(net.parameters(), lr=0.5), SGD(reference.parameters(), lr=0.5)
+    for seed in range(3):
+        closure = closure_of(net, optimizer, seed)
+        if not with_closure:
+            closure()
+        optimizer.step(closure if with_closure else None)
+        plain.zero_grad()
+        (0.5 * loss_of(reference, seed)).backward()
+        plain.step()
+    for name, value in state(net).items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, state(reference)[name], rtol=1e-9, atol=1e-12)
+    assert steps(net) == [3, 3]
+
+
+@each_mode
+def test_a_point_whose_latents_gradient_is_taken_away_within_the_step_stands_still(mode: str) -> None:
+    net = applied(mode=mode)
+
+    class Dropping(SGD):
+        def step(self, closure: Any = None) -> Any:
+            clusters(net)["conv1"].parameter.grad = None
+            return super().step(closure)
+
+    loss_of(net).backward()
+    Dropping(net.parameters(), lr=0.1).step()
+    assert steps(net) == [0, 1]
+
+
+@each_mode
+def test_a_step_that_takes_a_loss_or_something_by_name_moves_its_points(mode: str) -> None:
+    class OfLoss(SGD):
+        def step(self, loss: Any = None, *, optimizer: str = "") -> Any:  # type: ignore[override]
+            return super().step()
+
+    net, reference = applied(mode=mode), applied(mode=mode)
+    optimizer, plain = OfLoss(net.parameters(), lr=0.1), SGD(reference.parameters(), lr=0.1)
+    for model in (net, reference):
+        loss_of(model).backward()
+    optimizer.step(torch.tensor(1.0), optimizer="own")
+    plain.step()
+    assert same_state(state(net), state(reference))
+
+
+@each_mode
+def test_an_optimizer_that_changes_its_class(mode: str) -> None:
+    class Later(SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    net, reference = applied(mode=mode), applied(mode=mode)
+    optimizer, plain = (SGD(model.parameters(), lr=0.1) for model in (net, reference))
+    optimizer.__class__ = Later
+    for model, stepped in ((net, optimizer), (reference, plain)):
+        loss_of(model).backward()
+        stepped.step()
+    assert same_state(state(net), state(reference))
+
+
+def test_other_optimizers_of_the_class_still_compile() -> None:
+    net = applied()
+    loss_of(net).backward()
+    Adam(net.parameters()).step()
+    linear, operators = torch.nn.Linear(2, 2), []
+    other = Adam(linear.parameters(), capturable=False, foreach=True)
+    linear(torch.ones(1, 2)).sum().backward()
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        operators.extend(node for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def step() -> None:
+        other.step()
+
+    torch.compiler.reset()
+    torch.compile(step, backend=counting)()
+    assert len(operators) > 10
+
+
 @pytest.mark.parametrize("clipping", [in_a_hook, in_a_subclass])
 def test_in_place_the_step_clips_what_the_optimizer_steps(clipping: Callable[[Any], Optimizer]) -> None:
     """A pre-hook sees the mapped weights' gradients, a step those of the latents."""
@@ -87,9 +194,20 @@ def hidden(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def replaced(parameters: Any, by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Optimizer:
-    class Own(SGD):
+    class Own(Optimizer):
+        def __init__(self, params: Any, lr: float) -> None:
+            super().__init__(params, {"lr": lr})
+
+        @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
-            return super().step(closure)
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.add_(p.grad, alpha=-group["lr"])
+            return loss
 
     optimizer = Own(parameters, lr=0.1)
     Own.step = by(Own.step)  # type: ignore[method-assign]
@@ -118,10 +236,8 @@ def test_a_step_that_hides_torchs_own_moves_the_points_and_is_refused_in_place()
     net = applied(mode="inplace")
     optimizer = replaced(net.parameters(), hidden)
     loss_of(net).backward()
-    before = state(net)
     with pytest.raises(RuntimeError, match=r"conv1 is in in-place mode.*Own\.step.*functools\.wraps.*ClusterSGD"):
         optimizer.step()
-    assert same_state(state(net), before)
 
 
 def test_the_frame_finds_torchs_wrapper_whatever_it_calls_the_step() -> None:

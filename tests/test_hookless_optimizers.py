@@ -72,6 +72,13 @@ def test_in_place_nothing_watches_any_longer_once_an_optimizer_has_stepped() -> 
     assert not any(module._forward_pre_hooks for module in (fused.conv1, fused.conv2))
 
 
+def test_a_cluster_optimizer_in_place_is_no_such_optimizer() -> None:
+    net = applied(mode="inplace", rule="fixed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(net, hbnn_plugin.ClusterSGD(net.parameters(), lr=0.1), 8)
+
+
 def test_step_points_steps_for_an_optimizer_without_hooks() -> None:
     net, reference = applied(), applied()
     train(reference, SGD(reference.parameters(), lr=0.1), 5)

@@ -216,6 +216,21 @@ def test_gradcheck_of_the_radius(space: str) -> None:
     assert torch.autograd.gradcheck(lambda r: exp_map(p, v, r, SPACES[space]), (r,))
 
 
+@pytest.mark.parametrize("space", SPACES)
+def test_the_radius_has_its_gradient_under_vmap_too(space: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    p, v = (0.3 * torch.randn(3, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    r = torch.tensor([0.05, 0.5, 1.0], dtype=torch.float64)
+
+    def total(r: Tensor) -> Tensor:
+        rows = torch.func.vmap(lambda p, v, r: exp_map(p, v, r[None], SPACES[space]))(p, v, r)
+        return rows.sin().sum()
+
+    alone = r[:, None].clone().requires_grad_()
+    exp_map(p, v, alone, SPACES[space]).sin().sum().backward()
+    torch.testing.assert_close(torch.func.grad(total)(r), alone.grad.flatten())
+
+
 def test_one_radius_a_point() -> None:
     generator = torch.Generator().manual_seed(5)
     p, v = (torch.randn(3, 4, dtype=torch.float64, generator=generator) * 0.3 for _ in range(2))
