@@ -88,7 +88,8 @@ def test_only_the_filters_concerned_hold_still(per: str, rule: str, mode: str) -
     lost = still if mode == "inplace" else [2]  # there the gradient passes through the map first
     for i in range(5):
         if rule == "mobius":  # a spectral point's direction depends on the layer's other gradients
-            assert torch.equal(points(net)["conv1"][i], points(reference)["conv1"][i]) is (i not in still)
+            mine, theirs = points(net)["conv1"][i], points(reference)["conv1"][i]
+            assert torch.allclose(mine, theirs, rtol=1e-12, atol=0) is (i not in still)  # some CPUs round otherwise
         assert points(net)["conv1"][i].isfinite().all()
         assert bool(points(net)["conv1"][i].any()) is (i not in still)
         assert bool(latents(net)["conv1"][i].isfinite().all()) is (i not in lost)

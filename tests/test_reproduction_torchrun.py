@@ -34,7 +34,7 @@ def test_torchrun_trains_an_imagenet_study(tmp_path: Path) -> None:
     lines = ledger.read(tmp_path / "results" / "reproduce-smoke.jsonl")
     assert [line["config"]["arm"] for line in lines] == ["bare", "HBNN"]
     for line in lines:
-        assert "2 CPU threads" in line["hardware"]
+        assert "2 CPU threads" in line["machine"]
         assert len(line["accuracy"]) == 2
         assert set(line["accuracy"]) <= {round(i / 6, 4) for i in range(7)}  # of all six images, not of a rank's three
         assert all(0 < loss < 20 for loss in line["train_loss"])
