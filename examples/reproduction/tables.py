@@ -51,10 +51,11 @@ def difference(study: Study, case: Case, arm: str, lines: Lines, readout: int | 
 def comparison_table(study: Study, lines: Lines) -> str:
     """Test accuracy of every arm, and its paired difference from the study's reference."""
     rows = [
-        f"| task, host | arm | lr, decay | test accuracy, % (seeds) | − {study.reference}, points | 95 % t interval | "
-        f"95 % bootstrap | seeds that would decide | mean of the last {_STEADIER} epochs, 95 % t interval | "
+        f"| task, host | arm | lr, decay | test accuracy, % (seeds) | seed by seed | − {study.reference}, points | "
+        "95 % t interval | 95 % bootstrap | seeds that would decide | "
+        f"mean of the last {_STEADIER} epochs, 95 % t interval | "
         "training loss | flipped | oscillating late | reach |",
-        "|" + "---|" * 13,
+        "|" + "---|" * 14,
     ]
     for case in study.cases:
         rows += [_line([str(case), arm, *_cells(study, case, arm, lines)]) for arm in study.arms]
@@ -73,13 +74,14 @@ def _cells(study: Study, case: Case, arm: str, lines: Lines) -> list[str]:
     if (tuned_as := study.tuned_as(case, arm)) not in (arm, study.ablated):
         setting += f", as {tuned_as}"
     if not found:
-        return [setting, *[""] * 10]
+        return [setting, *[""] * 11]
     spread = f" ± {statistics.stdev(found.values()):.2f}" if len(found) > 1 else ""
     accuracy = f"{statistics.mean(found.values()):.2f}{spread} ({len(found)})"
     steadier = _difference_cells(difference(study, case, arm, lines, _STEADIER))[:2]
     cells = [
         setting,
         accuracy,
+        ", ".join(f"{found[seed]:.2f}" for seed in sorted(found)),
         *_difference_cells(difference(study, case, arm, lines)),
         ", ".join(filter(None, steadier)),
     ]
