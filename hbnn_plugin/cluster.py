@@ -103,7 +103,7 @@ class EPC(nn.Module, ABC):
         self.dims = every if settings.per == "layer" else tuple(d for d in every if d not in unit_dims)
         self.layers = 1  # more for tied weights
         self.moves = 0
-        self.hooked = False  # whether an optimizer that fires torch's step hooks holds the latent
+        self.hooked = False  # whether some optimizer's step has taken this cluster along
         self.reference_is_stale = False
         self.loaded_weight: Tensor | None = None  # with its latent, from a checkpoint of in-place mode
         w = self.logical(weight.detach()).to(working_dtype(weight.dtype))

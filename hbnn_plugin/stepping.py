@@ -95,11 +95,11 @@ class PointStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.held = held_clusters(optimizer)
-        for epc, _ in self.held:
+        held = held_clusters(optimizer)
+        for epc, _ in held:
             epc.hooked = True
-        self.clusters = [(epc, group) for epc, group in self.held if epc.settings.rule != "fixed"]
-        self.swaps = [epc for epc, _ in self.held if isinstance(epc, InPlace) and not epc.swapped]
+        self.clusters = [(epc, group) for epc, group in held if epc.settings.rule != "fixed"]
+        self.swaps = [epc for epc, _ in held if isinstance(epc, InPlace) and not epc.swapped]
         self.frames = 0  # of this optimizer's step in progress: more than one inside super().step()
         self.framed = False  # whether one has been opened
         self.pending: dict[int, _Pending] = {}
@@ -238,6 +238,7 @@ def in_progress() -> list[PointStep]:
 
 @_not_compiled
 def open_step(optimizer: Optimizer) -> PointStep | None:
+    """The innermost step of this optimizer in progress on this thread."""
     return next((step for step in reversed(in_progress()) if step.optimizer is optimizer), None)
 
 
@@ -250,8 +251,8 @@ def step_points(optimizer: Optimizer) -> None:
         ValueError: ``optimizer`` holds no latent; it fires torch's step hooks; or a latent is in in-place mode, where
             the optimizer's step itself has to be framed.
     """
-    step = PointStep(optimizer)
-    if not step.held:
+    held = held_clusters(optimizer)
+    if not held:
         raise ValueError(
             f"{type(optimizer).__name__} holds no latent weight: call hbnn_plugin.apply(model) first, and pass "
             "model.parameters()"
@@ -261,10 +262,12 @@ def step_points(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} fires torch's step hooks, so that its points move by themselves: leave "
             "step_points out"
         )
-    if step.swaps:
+    inplace = next((epc for epc, _ in held if isinstance(epc, InPlace)), None)
+    if inplace is not None:
         raise ValueError(
-            f"{step.swaps[0].name} is in in-place mode, which needs an optimizer that fires torch's step hooks: let "
+            f"{inplace.name} is in in-place mode, which needs an optimizer that fires torch's step hooks: let "
             f"{type(optimizer).__name__} call super().__init__(), or apply with mode='parametrize'"
         )
+    step = PointStep(optimizer)
     step.gather()
     step.finish()
