@@ -17,7 +17,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .stepping import PointStep, in_progress, open_step
+from .stepping import PointStep, begin, end, end_inside, open_step
 
 __all__ = ["install"]
 
@@ -26,14 +26,14 @@ def _begin(optimizer: Optimizer, closure: object) -> PointStep | None:
     """Open the points' part of a step of ``optimizer``; None if it holds no latent."""
     step = open_step(optimizer)
     if step is not None:  # inside super().step(), or after a step that raised
-        goes_on = step.frames > 0 or (closure is None and step.holds_all())
-        del in_progress()[in_progress().index(step) + goes_on :]
-        if goes_on:
+        if step.frames > 0 or (closure is None and step.holds_all()):
+            end_inside(step)
             return step
+        end(step)
     step = PointStep(optimizer)
     if not (step.clusters or step.swaps):
         return None
-    in_progress().append(step)
+    begin(step)
     _frame(type(optimizer))
     return step
 
@@ -72,7 +72,7 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     step = open_step(optimizer)
     if step is None or step.frames:
         return
-    del in_progress()[in_progress().index(step) :]
+    end(step)
     if step.swaps and not step.framed:
         raise RuntimeError(
             f"{step.swaps[0].name} is in in-place mode, and this step has trained the bare host: "

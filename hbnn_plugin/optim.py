@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .stepping import PointStep, held_clusters
+from .stepping import PointStep, require_clusters
 
 __all__ = ["ClusterAdam", "ClusterAdamW", "ClusterSGD"]
 
@@ -28,11 +28,7 @@ class _StepsPoints(Optimizer):
         if point_lr is not None and not 0 <= point_lr < math.inf:
             raise ValueError(f"point_lr must be a finite number from 0, not {point_lr!r}")
         super().__init__(params, *args, **kwargs)
-        if not held_clusters(self):
-            raise ValueError(
-                f"{type(self).__name__} got no latent weight: call hbnn_plugin.apply(model) first, and pass "
-                "model.parameters()"
-            )
+        require_clusters(self)
         if point_lr is not None:
             self.defaults["point_lr"] = point_lr  # for groups that are added later
             for group in self.param_groups:

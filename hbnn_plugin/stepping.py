@@ -14,6 +14,7 @@ in between, to what it would be at the points' new places (Algorithm 1 of [HBNN]
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,9 +30,17 @@ from .recovery import Recovered, recover
 from .rules import Move, check_point_lr, move, point_rate
 from .sharding import sharded_like, whole
 
-__all__ = ["PointStep", "held_clusters", "in_progress", "open_step", "step_points"]
-
-_open = threading.local()
+__all__ = [
+    "PointStep",
+    "begin",
+    "end",
+    "end_inside",
+    "held_clusters",
+    "in_progress",
+    "open_step",
+    "require_clusters",
+    "step_points",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,6 +63,17 @@ def held_clusters(optimizer: Optimizer) -> list[tuple[EPC, dict[str, Any]]]:
     places = {key: (place, group) for place, (key, group) in enumerate(held)}
     found = [(*places[id(epc.parameter)], epc) for epc in clusters if id(epc.parameter) in places]
     return [(epc, group) for _, group, epc in sorted(found, key=lambda entry: entry[0])]
+
+
+def require_clusters(optimizer: Optimizer) -> list[tuple[EPC, dict[str, Any]]]:
+    """:func:`held_clusters`; raises ValueError if there are none."""
+    held = held_clusters(optimizer)
+    if not held:
+        raise ValueError(
+            f"{type(optimizer).__name__} holds no latent weight: call hbnn_plugin.apply(model) first, and pass "
+            "model.parameters()"
+        )
+    return held
 
 
 @dataclass
@@ -94,7 +114,7 @@ class PointStep:
     """The points' part of one optimizer step: :meth:`gather`, then the optimizer, then :meth:`finish`."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)
         held = held_clusters(optimizer)
         for epc, _ in held:
             epc.hooked = True
@@ -103,6 +123,13 @@ class PointStep:
         self.frames = 0  # of this optimizer's step in progress: more than one inside super().step()
         self.framed = False  # whether one has been opened
         self.pending: dict[int, _Pending] = {}
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Whose step this is."""
+        optimizer = self._optimizer()
+        assert optimizer is not None, "it is stepping"
+        return optimizer
 
     def wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, with the gradients gathered after its first evaluation."""
@@ -228,18 +255,43 @@ def _bring_back(pending: _Pending, landing: list[Tensor]) -> None:
     _rewrite(pending.gradient, epc, found)
 
 
+class _Open(threading.local):
+    def __init__(self) -> None:
+        # After a step that raised, its own stays, for whoever repeats it with the same gradients; but no longer than
+        # the optimizer: a notebook that starts anew after an interrupt has no room for the old model.
+        self.steps: weakref.WeakKeyDictionary[Optimizer, PointStep] = weakref.WeakKeyDictionary()
+
+
+_open = _Open()
+
+
 def in_progress() -> list[PointStep]:
     """The steps in progress on this thread, outermost first."""
-    if not hasattr(_open, "steps"):
-        _open.steps = []
-    steps: list[PointStep] = _open.steps
-    return steps
+    return list(_open.steps.values())
 
 
 @_not_compiled
 def open_step(optimizer: Optimizer) -> PointStep | None:
-    """The innermost step of this optimizer in progress on this thread."""
-    return next((step for step in reversed(in_progress()) if step.optimizer is optimizer), None)
+    """The step of this optimizer in progress on this thread."""
+    return _open.steps.get(optimizer)
+
+
+def begin(step: PointStep) -> None:
+    """Put a step in progress on this thread, inside those that are."""
+    _open.steps[step.optimizer] = step
+
+
+def end(step: PointStep) -> None:
+    """It is in progress no longer, nor is any inside it."""
+    end_inside(step)
+    del _open.steps[step.optimizer]
+
+
+def end_inside(step: PointStep) -> None:
+    """None is in progress inside this one."""
+    steps = in_progress()
+    for inner in steps[steps.index(step) + 1 :]:
+        del _open.steps[inner.optimizer]
 
 
 def step_points(optimizer: Optimizer) -> None:
@@ -251,12 +303,7 @@ def step_points(optimizer: Optimizer) -> None:
         ValueError: ``optimizer`` holds no latent; it fires torch's step hooks; or a latent is in in-place mode, where
             the optimizer's step itself has to be framed.
     """
-    held = held_clusters(optimizer)
-    if not held:
-        raise ValueError(
-            f"{type(optimizer).__name__} holds no latent weight: call hbnn_plugin.apply(model) first, and pass "
-            "model.parameters()"
-        )
+    held = require_clusters(optimizer)
     if getattr(getattr(type(optimizer), "step", None), "hooked", False):
         raise ValueError(
             f"{type(optimizer).__name__} fires torch's step hooks, so that its points move by themselves: leave "

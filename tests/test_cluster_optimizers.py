@@ -123,7 +123,7 @@ def test_point_lr_of_a_cluster_optimizer_holds_for_groups_added_later(name: str)
 @each_cluster_optimizer
 def test_a_cluster_optimizer_needs_an_applied_model(name: str) -> None:
     own, _, options = CLUSTER_OPTIMIZERS[name]
-    with pytest.raises(ValueError, match=r"Cluster.* got no latent weight.*apply\(model\) first"):
+    with pytest.raises(ValueError, match=r"Cluster.* holds no latent weight.*apply\(model\) first"):
         own(tiny_net().parameters(), **options)
-    with pytest.raises(ValueError, match="got no latent weight"):
+    with pytest.raises(ValueError, match="holds no latent weight"):
         own(applied().fc.parameters(), **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from hbnn_plugin.stepping import in_progress
 from inplace_nets import agree, mapped, smooth
 from tiny_hosts import BINARY_LAYERS, SmoothConv, loss_of, points, same_state, state, train, twin
 from training_helpers import F64, OPTIMIZERS, applied, closure_of, equal, moved, oracle, steps
@@ -263,3 +266,17 @@ def test_after_a_step_that_raises_another_optimizer_can_take_the_same_gradients(
         optimizer.step()
     SGD(net.parameters(), lr=0.1).step()
     assert moved(net, before) == list(BINARY_LAYERS)
+
+
+@each_mode
+def test_after_a_step_that_raises_a_dropped_optimizer_lets_its_model_go(mode: str) -> None:
+    net = applied(mode=mode)
+    optimizer = RaisingSgd(net.parameters(), lr=0.1)
+    optimizer.raising = True
+    loss_of(net, 0).backward()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    model = weakref.ref(net)
+    del net, optimizer
+    gc.collect()
+    assert model() is None and not in_progress()
