@@ -141,7 +141,7 @@ def apply(
         start: the point's start on the geodesic from the origin (0, the ball's default) to the weight (1, the
             sphere's).
         point_lr, point_lr_power: the point's learning rate is ``point_lr * lr**point_lr_power``, lr its weight's: 1 and
-            1; for the spectral rule 0.15 and 0.75 (:mod:`hbnn_plugin.rules` says why). Under Adam's kind of optimizer
+            1; for the spectral rule 0.15 and 0.75 (:mod:`hbnn_plugin.moves` says why). Under Adam's kind of optimizer
             the power has no effect on spectral points: their coordinates move by about ``point_lr * lr``. A parameter
             group's ``"point_lr"`` overrides the option.
         point_momentum: heavy-ball momentum of the point, 0; for the spectral rule Nesterov's, 0.95.

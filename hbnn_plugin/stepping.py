@@ -26,8 +26,9 @@ from torch.optim import Optimizer
 from .cluster import EPC, alive
 from .epc import pull_back
 from .inplace import InPlace, enter, leave
+from .moves import Move, check_point_lr, point_rate
 from .recovery import Recovered, recover
-from .rules import Move, check_point_lr, move, point_rate
+from .rules import move
 from .sharding import sharded_like, whole
 
 __all__ = [
