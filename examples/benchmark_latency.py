@@ -1,6 +1,6 @@
-"""How long training steps and inference take, in torch and in OpenVINO, and whether all compute the same (Fig. 6).
+"""How long inference takes, in torch and in OpenVINO, and whether all compute the same (Fig. 6).
 
-    python examples/benchmark_latency.py --quick              # two cases, a few minutes
+    python examples/benchmark_latency.py --quick              # one case, a minute
     python examples/benchmark_latency.py                      # what has no line yet; stop and repeat at will
     python examples/benchmark_latency.py --equality DIR       # trains on CIFAR-10 in DIR, compares on its test images
     python examples/benchmark_latency.py --report             # tables and picture, from the committed lines alone
@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import checkpoints
-from latency.cases import EQUALITY, INFERENCE, QUICK, TRAINING
+from latency.cases import EQUALITY, INFERENCE
 from latency.report import draw, tables
 from provenance import circumstances
 from reproduction import ledger
@@ -52,11 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _measure(args: argparse.Namespace, path: Path, done: set[tuple[str, str]]) -> None:
-    due: list[tuple[str, Any]] = [("inference", case) for case in INFERENCE] + [("training", case) for case in TRAINING]
+    due: list[tuple[str, Any]] = [("inference", case) for case in INFERENCE[: 1 if args.quick else None]]
     if args.equality:
         due = [("equality", case) for case in EQUALITY]
-    elif args.quick:
-        due = [(section, case) for section, case in due if case in QUICK]
     due = [(section, case) for section, case in due if any(part in case.name for part in args.cases)]
     due = [(section, case) for section, case in due if args.again or (section, case.name) not in done]
     with tqdm(due, unit="case", dynamic_ncols=True) as bar:
@@ -65,7 +63,7 @@ def _measure(args: argparse.Namespace, path: Path, done: set[tuple[str, str]]) -
             if section == "inference":
                 figures = {"network": str(case.network), "batch": case.batch, **case.measure(args.seconds)}
             else:
-                figures = case.measure(args.equality, args.runs) if section == "equality" else case.measure()
+                figures = case.measure(args.equality, args.runs)
             threads = getattr(case, "threads", torch.get_num_threads())
             line = {"section": section, "case": case.name, "threads": threads, **figures, **circumstances(threads)}
             ledger.append(path, line | _versions())
@@ -78,7 +76,7 @@ def _versions() -> dict[str, str]:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure latency in torch and OpenVINO.")
     add = parser.add_argument
-    add("--quick", action="store_true", help="only the first inference and the first training case")
+    add("--quick", action="store_true", help="only the first case")
     add("--cases", nargs="+", default=[""], help="only cases whose name holds one of these")
     add("--equality", type=Path, metavar="DIR", help="compare outputs on CIFAR-10 in DIR; trains networks if needed")
     add("--seconds", type=float, default=60, help="about how long an inference case takes its turns (%(default)s)")

@@ -30,11 +30,10 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_case_of_each_section_and_the_report(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny, training = Inference(Network("irnet", "resnet8"), 1, 1), cases.Training("irnet", "resnet8", 2, 1, turns=2)
+    tiny = Inference(Network("irnet", "resnet8"), 1, 1)
     equal = Equality(Network("irnet", "resnet8"), 2)
     monkeypatch.setitem(networks._ARCHS, "resnet8", lambda conv: resnet8(conv, width=8))
     monkeypatch.setattr(benchmark_latency, "INFERENCE", [tiny])
-    monkeypatch.setattr(benchmark_latency, "TRAINING", [training])
     monkeypatch.setattr(benchmark_latency, "EQUALITY", [equal])
     monkeypatch.setattr(inference, "FEWEST", 2)
     monkeypatch.setattr(equality, "IMAGES", 200)
@@ -43,20 +42,19 @@ def test_a_case_of_each_section_and_the_report(data: Path, tmp_path: Path, monke
     benchmark_latency.main([*options, "--equality", str(data)])
     done = lines(tmp_path)
     benchmark_latency.main(options)  # nothing is missing
-    assert lines(tmp_path) == done and [line["section"] for line in done] == ["inference", "training", "equality"]
-    measured, _, compared = done
+    assert lines(tmp_path) == done and [line["section"] for line in done] == ["inference", "equality"]
+    measured, compared = done
     assert measured["binary layers"] == len(measured["layers"]) == 6
     assert measured["agreement with the host"]["fused"]["difference"] < 1e-5
     assert set(measured["milliseconds"]) >= {"host", "fused", "OpenVINO float32", "OpenVINO binary"}
     assert compared["images"] == 200 and len(compared["binary layers"]) == 6
     benchmark_latency.main([*options, "--report"])
     report = (tmp_path / "latency.md").read_text()
-    assert report.count(tiny.name) == 2 and "6 of 6" in report and training.name in report and equal.name in report
+    assert report.count(tiny.name) == 2 and "6 of 6" in report and equal.name in report
     assert (tmp_path / "latency.png").stat().st_size > 1000
 
 
 def test_cases_have_names_of_their_own() -> None:
-    for section in (cases.INFERENCE, cases.TRAINING, cases.EQUALITY):
+    for section in (cases.INFERENCE, cases.EQUALITY):
         names = [case.name for case in section]
         assert len(set(names)) == len(names)
-    assert all(case in cases.INFERENCE + cases.TRAINING for case in cases.QUICK)

@@ -33,7 +33,6 @@ def tables(lines: Sequence[Line]) -> str:
         ("inference", "## Inference, as a multiple of OpenVINO binary", _ratios),
         ("inference", "## What ran on 1-bit operands, by OpenVINO's own execution graph", _layers),
         ("inference", "## Where OpenVINO spends the time, milliseconds by kind of node", _profiles),
-        ("training", "## A training step, as a multiple of the bare host's", _training),
         ("equality", "## The same classes? 1,000 CIFAR-10 test images, networks trained on real ones", _equality),
     ):
         if found := _of_section(lines, section):
@@ -52,29 +51,19 @@ def _of_section(lines: Sequence[Line], section: str) -> list[Line]:
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Latency of every way by network, batch 1 on one thread; and a training step beside the bare host's."""
+    """Latency of every way by network, batch 1 on one thread."""
     shown = [line for line in _of_section(lines, "inference") if line["batch"] == line["threads"] == 1]
-    training = [line for line in _of_section(lines, "training") if line["threads"] == 1]
-    figure = Figure(figsize=(1.6 * max(len(shown), 4) + 3, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[max(len(shown), 2), 2])
+    figure = Figure(figsize=(1.6 * max(len(shown), 4), 4.2), layout="constrained")
+    axis = figure.subplots()
     names = [way for way in _WAYS if any(way in line["milliseconds"] for line in shown)]
     for i, way in enumerate(names):
         places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j in range(len(shown))]
-        _bars(left, places, 0.8 / len(names), [line["milliseconds"].get(way) for line in shown], way)
-    left.set_xticks(range(len(shown)), [line["network"].replace(" ", "\n", 1) for line in shown])
-    left.set(yscale="log", ylabel="milliseconds, median and 95 % interval", title="Inference, batch 1, one thread")
-    left.legend(fontsize=8, ncols=4, loc="upper left")
-    low, high = left.get_ylim()
-    left.set_ylim(low, 5 * high)  # room for the legend
-    arms = list(dict.fromkeys(arm for line in training for arm in line["ratio to the bare host"]))
-    for i, arm in enumerate(arms):
-        places = [j + (i - (len(arms) - 1) / 2) * 0.8 / len(arms) for j in range(len(training))]
-        _bars(right, places, 0.8 / len(arms), [line["ratio to the bare host"][arm] for line in training], arm)
-    right.axhline(1, color="0.5", linewidth=1)
-    labels = [line["case"].split(",")[0].removeprefix("a step of ").replace(" ", "\n", 1) for line in training]
-    right.set_xticks(range(len(training)), labels)
-    right.set(ylabel="multiple of the bare host's", title="Training step, batch 32")
-    right.legend(fontsize=8, loc="lower right")
+        _bars(axis, places, 0.8 / len(names), [line["milliseconds"].get(way) for line in shown], way)
+    axis.set_xticks(range(len(shown)), [line["network"].replace(" ", "\n", 1) for line in shown])
+    axis.set(yscale="log", ylabel="milliseconds, median and 95 % interval", title="Inference, batch 1, one thread")
+    axis.legend(fontsize=8, ncols=4, loc="upper left")
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, 5 * high)  # room for the legend
     figure.savefig(path, dpi=150)
 
 
@@ -137,16 +126,6 @@ def _profiles(lines: Sequence[Line]) -> str:
                 spent = [f"{kind} {ms:.2f}" for kind, ms in line["profiles"][way].items() if ms >= 0.01]
                 rows.append([line["network"], way, ", ".join(spent)])
     return _table(["network, batch 1, 1 thread", "way", "milliseconds"], rows)
-
-
-def _training(lines: Sequence[Line]) -> str:
-    arms = list(dict.fromkeys(arm for line in lines for arm in line["ratio to the bare host"]))
-    rows = [
-        [line["case"], *(_cell(e) for e in line["milliseconds"].values())]
-        + [_cell(line["ratio to the bare host"][arm]) for arm in arms]
-        for line in lines
-    ]
-    return _table(["case", *(f"{arm}, ms" for arm in lines[0]["milliseconds"]), *(f"{a} / bare" for a in arms)], rows)
 
 
 def _equality(lines: Sequence[Line]) -> str:
