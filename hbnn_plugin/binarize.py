@@ -10,6 +10,7 @@ sign(0) = +1 throughout.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ __all__ = ["BinaryConv2d", "Sign", "SignConv2d", "binarize_model", "fuse_binariz
 _BETWEEN = (nn.BatchNorm1d, nn.LayerNorm, nn.Dropout, nn.Identity)
 """May stand between a linear layer and its ReLU."""
 
-_SHORTCUT_WORDS = ("downsample", "shortcut", "skip", "identity", "proj")
+_SHORTCUT_WORDS = ("downsample", "short", "skip", "identity", "proj")
 
 
 class _StraightThroughSign(torch.autograd.Function):
@@ -117,7 +118,8 @@ def plan_binarization(model: nn.Module, binarize: str, where: Predicate | None) 
     """Names of the convolutions to be binarized; ValueError if there is none or ``binarize`` is unknown.
 
     By default all nn.Conv2d but the first convolution, a last convolution without a linear layer behind it, and 1×1
-    convolutions of shortcuts, as is the custom.
+    convolutions of shortcuts, as is the custom: those that are strided or have one of :data:`_SHORTCUT_WORDS` in their
+    name. First and last are told by the order in which the model registers its layers.
     """
     if binarize not in ("1/1", "1/32"):
         raise ValueError(f"binarize must be None, '1/1' or '1/32' (weights/activations), not {binarize!r}")
@@ -129,7 +131,7 @@ def plan_binarization(model: nn.Module, binarize: str, where: Predicate | None) 
         if wrong:
             raise ValueError(f"binarize works on plain nn.Conv2d layers; the predicate also took {', '.join(wrong)}")
     else:
-        kept = {layers[0][0], layers[-1][0]} if layers else set()
+        kept = _outer(dict(layers))
         chosen = {n for n, m in convolutions if n not in kept and not _is_shortcut(n, m)}
     if "" in chosen:
         raise ValueError(
@@ -145,6 +147,14 @@ def plan_binarization(model: nn.Module, binarize: str, where: Predicate | None) 
             "shortcuts stay as they are; name others with where=..."
         )
     return chosen
+
+
+def _outer(layers: Mapping[str, nn.Module]) -> set[str]:
+    """The first convolution and the last layer, which may be a linear layer that is registered before the first."""
+    first = next((name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)), None)
+    if first is None:
+        return set()
+    return {first} if next(iter(layers)) != first else {first, [*layers][-1]}
 
 
 def _is_shortcut(name: str, conv: nn.Conv2d) -> bool:

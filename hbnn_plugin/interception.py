@@ -1,4 +1,4 @@
-"""Where a training script shows its model: where optimizers are built, models wrapped or sharded, and torch.save."""
+"""Where a script shows its model: optimizers are built, models wrapped or sharded, checkpoints loaded and saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import importlib
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from .binarize import plan_binarization
+from .checkpoint import is_cluster_key
 from .cluster import find
 from .retrofit import apply, plan
 from .selection import Predicate, binary_convolutions
@@ -55,6 +56,7 @@ class Interception:
                 self._wrap(fsdp, "fully_shard", self._before_sharding)
             if hasattr(fsdp, "FullyShardedDataParallel"):
                 self._wrap(fsdp.FullyShardedDataParallel, "__init__", self._before_flattening)
+        self._wrap(nn.Module, "load_state_dict", self._before_load)
         self._wrap(torch, "save", self._before_save)
 
     def stop(self) -> None:
@@ -120,6 +122,14 @@ class Interception:
                 f"FullyShardedDataParallel flattens the weights of {type(module).__name__}, and a point needs its "
                 "filter: shard with torch.distributed.fsdp.fully_shard (FSDP2) instead"
             )
+        return args
+
+    def _before_load(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """A script that resumes may load before it builds its optimizer: a checkpoint with clusters needs apply."""
+        state_dict = args[1] if len(args) > 1 else kwargs["state_dict"]
+        applied = isinstance(state_dict, Mapping) and any(is_cluster_key(key, state_dict) for key in state_dict)
+        if applied and self._layers(args[0]):
+            self._apply(args[0])
         return args
 
     def _before_save(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -5,10 +5,10 @@
     torchrun --nproc-per-node 2 -m hbnn_plugin train.py --its-own --arguments
 
 :func:`hbnn_plugin.apply` is called on the script's model when its first optimizer is built, or when DataParallel,
-DistributedDataParallel or FSDP wraps it, whichever comes first. Of several models those are taken whose binary weights
-the optimizer trains: a teacher stays as it is. The mode is ``"inplace"`` unless ``--mode`` says otherwise: what the
-script does to its weights after each step cannot be seen before it does it. What this module has to say goes to
-stderr; output, exit status and interrupts are the script's own.
+DistributedDataParallel or FSDP wraps it, or when it loads a checkpoint of an applied model, whichever comes first. Of
+several models those are taken whose binary weights the optimizer trains: a teacher stays as it is. The mode is
+``"inplace"`` unless ``--mode`` says otherwise: what the script does to its weights after each step cannot be seen
+before it does it. What this module has to say goes to stderr; output, exit status and interrupts are the script's own.
 """
 
 from __future__ import annotations

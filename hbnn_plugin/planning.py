@@ -93,6 +93,8 @@ def make_plan(
 
 def check_where(where: object) -> None:
     """Refuse what is no predicate."""
+    if isinstance(where, type):
+        raise TypeError(f"where must be callable as (module, name) -> bool: by_class({where.__name__}), not the class")
     if where is not None and not callable(where):
         raise TypeError(f"where must be callable as (module, name) -> bool, such as by_name({where!r}), not {where!r}")
 

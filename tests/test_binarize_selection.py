@@ -177,3 +177,20 @@ def test_no_such_report_for_real_valued_activations_or_modules() -> None:
     net = hbnn_plugin.apply(Functional(), binarize="1/32")
     net(batch()[0])
     hbnn_plugin.apply(resnet(), binarize="1/1")(batch()[0])
+
+
+class HeadFirst(nn.Module):
+    """Registers its classifier before its convolutions, and names a shortcut of stride 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+        self.conv1 = nn.Conv2d(3, 4, 3)
+        self.conv2 = nn.Conv2d(4, 4, 3)
+        self.short = nn.Conv2d(4, 4, 1)
+        self.conv3 = nn.Conv2d(4, 4, 3)
+
+
+def test_a_classifier_that_is_registered_first_is_no_first_layer() -> None:
+    planned = hbnn_plugin.plan(HeadFirst(), binarize="1/32")
+    assert [layer.label for layer in planned.layers] == ["conv2", "conv3"]

@@ -36,7 +36,7 @@ def watch() -> Iterator[Interception]:
 
 
 def originals() -> list[object]:
-    kept: list[object] = [torch.optim.Optimizer.__init__, DataParallel.__init__, torch.save]
+    kept: list[object] = [torch.optim.Optimizer.__init__, DataParallel.__init__, nn.Module.load_state_dict, torch.save]
     return [*kept, fsdp().fully_shard, torch.distributed.fsdp.FullyShardedDataParallel.__init__]
 
 
@@ -102,6 +102,20 @@ def test_only_what_trains_is_taken(watch: Interception) -> None:
     assert watch.models == [student]
     assert not clusters(teacher)
     assert not clusters(average)
+
+
+def test_a_script_that_resumes_may_load_before_it_builds_its_optimizer(watch: Interception) -> None:
+    first = tiny_net()
+    train(first, SGD(first.parameters(), lr=0.1), 2)
+    saved = first.state_dict()
+    resumed, plain = tiny_net(seed=1), tiny_net(seed=1)
+    resumed.load_state_dict(saved)
+    optimizer = SGD(resumed.parameters(), lr=0.1)
+    assert watch.models == [first, resumed]
+    assert all(torch.equal(now, points(first)[name]) for name, now in points(resumed).items())
+    train(resumed, optimizer, 1)
+    plain.load_state_dict(tiny_net().state_dict())  # one that is no applied model's
+    assert not clusters(plain)
 
 
 def test_a_wrapper_comes_first(watch: Interception) -> None:
