@@ -187,13 +187,13 @@ def _copy(value: object) -> object:
     return copy.copy(value) if isinstance(value, (list, dict, set)) else value
 
 
-def is_two_valued(weight: Tensor, unit_dims: tuple[int, ...] = (0,), tolerance: float = 1e-3) -> bool:
-    """Whether each filter of a convolved weight holds at most two values, up to ``tolerance`` of their distance.
+def is_two_valued(weight: Tensor, unit_dims: tuple[int, ...] = (0,)) -> bool:
+    """Whether each filter of a convolved weight, which is what ``unit_dims`` count, holds at most two values.
 
-    A filter is what ``unit_dims`` count.
-
-    The tolerance is for hosts that write sign(w).detach() − w.detach() + w, which leaves rounding.
+    That is up to a thousandth of their distance, or a few roundings of a coarser dtype: hosts that write
+    sign(w).detach() − w.detach() + w leave rounding.
     """
+    tolerance = max(1e-3, 8 * torch.finfo(weight.dtype).eps)
     units = weight.movedim(unit_dims, tuple(range(len(unit_dims))))
     rows = units.reshape(math.prod(units.shape[: len(unit_dims)]), -1).float()
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)

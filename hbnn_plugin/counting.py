@@ -21,30 +21,37 @@ WORD = 64
 
 
 class LayerComplexity(NamedTuple):
-    """One module's own parameters, buffers and operations, without its children's. Tied tensors count once."""
+    """One module's own parameters, buffers and operations, without its children's. Tied tensors count once.
+
+    Attributes:
+        kind: name of its class.
+        parameters: how many.
+        bits: of one weight as stored: 1 for a binary weight. 0 without parameters.
+        bytes: of its parameters and buffers, as a packed file stores them.
+        multiply_adds: of real operands; a binary weight's with real inputs too.
+        binary_multiply_adds: of binary weights with binary inputs.
+        elementwise: 2 an element for BatchNorm, 1 for ReLU and hardtanh.
+    """
 
     kind: str
-    """Name of its class."""
     parameters: int
     bits: int
-    """Of one weight as stored: 1 for a binary weight. 0 without parameters."""
     bytes: int
-    """Of its parameters and buffers, as a packed file stores them."""
     multiply_adds: int
-    """Of real operands; a binary weight's with real inputs too."""
     binary_multiply_adds: int
-    """Of binary weights with binary inputs."""
     elementwise: int
-    """2 an element for BatchNorm, 1 for ReLU and hardtanh."""
 
 
 class Cost(NamedTuple):
-    """A model's size and work."""
+    """A model's size and work.
+
+    Attributes:
+        megabytes: of 10⁶ bytes.
+        ops: multiply-adds, or what counts as one.
+    """
 
     megabytes: float
-    """10⁶ bytes."""
     ops: float
-    """Multiply-adds, or what counts as one."""
 
 
 class Complexity(ByLayer[LayerComplexity]):
@@ -58,15 +65,23 @@ class Complexity(ByLayer[LayerComplexity]):
         total: all parameters and buffers as a packed file stores them, without names and header; all operations that
             the table has, the binary ones divided by 64. Signs, pooling, the additions of shortcuts, and scales
             (which BatchNorm takes in) are no operations here.
+        notes: layer name → why it counts as real-valued, of each that should be binary: it has a cluster, or is of a
+            class of its own.
     """
 
     def __init__(
-        self, layers: Mapping[str, LayerComplexity], paper: Cost, total: Cost, input_shape: Sequence[int]
+        self,
+        layers: Mapping[str, LayerComplexity],
+        paper: Cost,
+        total: Cost,
+        input_shape: Sequence[int],
+        notes: Mapping[str, str],
     ) -> None:
         super().__init__(layers)
         self.paper = paper
         self.total = total
         self.input_shape = tuple(input_shape)
+        self.notes = dict(notes)
 
     def __repr__(self) -> str:
         header = ("layer", "kind", "parameters", "bits", "bytes", "multiply-adds", "binary", "elementwise")
@@ -77,10 +92,11 @@ class Complexity(ByLayer[LayerComplexity]):
             f"{title}: {cost.megabytes:.4g} MB, {cost.ops:.4g} operations"
             for title, cost in (("by the paper's convention", self.paper), ("in total", self.total))
         ]
-        return "\n".join([table(f"one input of shape {self.input_shape}", header, rows), *costs])
+        notes = [f"{name} counts as real-valued: {why}" for name, why in self.notes.items()]
+        return "\n".join([table(f"one input of shape {self.input_shape}", header, rows), *costs, *notes])
 
 
-def complexity(model: nn.Module, input_shape: Sequence[int]) -> Complexity:
+def complexity(model: nn.Module, input_shape: Sequence[int] | Tensor) -> Complexity:
     """Parameters, bits, bytes and operations of a model, by layer and in total, at inference.
 
     A copy of the model, fused where it was applied, is run once in evaluation mode on one random input; the model
@@ -89,24 +105,30 @@ def complexity(model: nn.Module, input_shape: Sequence[int]) -> Complexity:
 
     Args:
         model: applied, fused, plain or full-precision; on any device.
-        input_shape: of one input without the batch dimension, such as ``(3, 224, 224)``.
+        input_shape: of one input without the batch dimension, such as ``(3, 224, 224)``; or an example, a batch of one,
+            where the model takes something else than floats (tokens).
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: the model does not run on such an input.
+        ValueError: the model does not run on such an input; an example is a batch of several.
     """
+    if isinstance(input_shape, Tensor) and (input_shape.ndim == 0 or len(input_shape) != 1):
+        raise ValueError(f"the example has the shape {tuple(input_shape.shape)}; give a batch of one, such as x[:1]")
     plain = plain_copy(model)
-    seen_layers = seen_weights(plain, also=cluster_settings(model))
-    binary = {name: seen for name, seen in seen_layers if isinstance(seen, BinaryWeight)}
+    seen_layers = dict(seen_weights(plain, also=cluster_settings(model)))
+    binary = {name: seen for name, seen in seen_layers.items() if isinstance(seen, BinaryWeight)}
+    notes = {name: seen for name, seen in seen_layers.items() if isinstance(seen, str)}
     like = next((p for p in plain.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn((1, *input_shape), generator=generator, device="cpu").to(like)
+    if isinstance(input_shape, Tensor):
+        x = input_shape.to(like.device)
+    else:
+        x = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0), device="cpu").to(like)
     with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
         try:
             operations = count_operations(plain, x, binary)
         except Exception as error:
             raise ValueError(
-                f"{type(model).__name__} does not run on one input of shape {tuple(input_shape)} (a batch dimension is "
+                f"{type(model).__name__} does not run on one input of shape {tuple(x.shape[1:])} (a batch dimension is "
                 f"put in front): {error}"
             ) from error
     layers = _layers(plain, binary, operations)
@@ -114,7 +136,7 @@ def complexity(model: nn.Module, input_shape: Sequence[int]) -> Complexity:
         sum(layer.bytes for layer in layers.values()) / 1e6,
         sum(ops.multiply_adds + ops.elementwise + ops.binary_multiply_adds / WORD for ops in operations.values()),
     )
-    return Complexity(layers, _paper(plain, binary, operations), total, input_shape)
+    return Complexity(layers, _paper(plain, binary, operations), total, x.shape[1:], notes)
 
 
 def _layers(

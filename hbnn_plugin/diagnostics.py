@@ -13,20 +13,22 @@ __all__ = ["ClusterReport", "LayerClusters", "cluster_report"]
 
 
 class LayerClusters(NamedTuple):
-    """One layer's points."""
+    """One layer's points.
+
+    Attributes:
+        points: how many.
+        steps: how many steps they have made.
+        mean_reach: mean of √r‖p‖ over them: 0 at the ball's origin, 1 at its edge (1 everywhere on the sphere).
+        reach: its maximum.
+        disagreement: share of weights whose binary value differs from the one the host would give the latent weight
+            itself. Says something where the latent is about the weight: with a point that starts at the origin.
+    """
 
     points: int
     steps: int
-    """How many steps the points have made."""
     mean_reach: float
-    """Mean of √r‖p‖ over the layer's points: 0 at the ball's origin, 1 at its edge (1 everywhere on the sphere)."""
     reach: float
-    """Its maximum."""
     disagreement: float
-    """Share of weights whose binary value differs from the one the host would give the latent weight itself.
-
-    Says something where the latent is about the weight: with a point that starts at the origin.
-    """
 
 
 class ClusterReport(ByLayer[LayerClusters]):

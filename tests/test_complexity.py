@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,8 @@ def test_an_input_that_does_not_fit_is_one_error() -> None:
 
 
 def test_what_is_no_module() -> None:
+    with pytest.raises(ValueError, match=r"the example has the shape \(2, 3, 6, 6\); give a batch of one"):
+        complexity(tiny_net(), torch.ones(2, *TINY))
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, not dict"):
         complexity({}, TINY)  # type: ignore[arg-type]
 
@@ -275,3 +278,36 @@ def test_its_repr_is_the_table() -> None:
     assert lines[-2] == f"by the paper's convention: {found.paper.megabytes:.4g} MB, {found.paper.ops:.4g} operations"
     assert lines[-1].startswith("in total: ")
     assert isinstance(found, Complexity) and len(found) == len(lines) - 6
+
+
+class OfTokens(nn.Module):
+    """A binary linear layer behind an embedding, which takes no floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(5, 4), nn.Linear(4, 3)
+        nn.init.constant_(self.linear.weight, -0.5)
+        self.linear.weight.data[:, ::2] = 0.5
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        result: Tensor = self.linear(self.embedding(tokens))
+        return result
+
+
+def test_an_example_where_the_input_is_no_float() -> None:
+    found = complexity(OfTokens(), torch.zeros(1, 7, dtype=torch.int64))
+    assert found["linear"].bits == 1 and found["linear"].multiply_adds == 7 * 12 and found.input_shape == (7,)
+
+
+class Skewed(nn.Conv2d):
+    """Two values a filter, which are not ±scale (AdaBin)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, torch.where(self.weight >= 0, 0.7, -0.2), padding=1)
+
+
+def test_a_layer_that_should_be_binary_and_is_not_has_a_note() -> None:
+    found = complexity(nn.Sequential(Skewed(3, 4, 3)), TINY)
+    assert found["0"].bits == 32
+    assert re.search(r"\n0 counts as real-valued: 4 of 4 filters are not ±scale", repr(found))
+    assert complexity(tiny_net(), TINY).notes == {}

@@ -233,6 +233,7 @@ def test_options_that_would_be_ignored_are_refused() -> None:
         ({"rule": "riemannian-adam", "point_momentum": 0.9}, "momentum of its own"),
         ({"relative": "no"}, "relative must be True or False"),
         ({"where": "conv"}, "where must be callable"),
+        ({"where": nn.Conv2d}, r"by_class\(Conv2d\), not the class"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             hbnn_plugin.apply(tiny_net(), **options)  # type: ignore[arg-type]

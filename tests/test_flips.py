@@ -226,6 +226,8 @@ def test_is_two_valued() -> None:
     assert is_two_valued((signs > 0).float())
     assert is_two_valued(torch.ones(2, 3))
     assert is_two_valued(signs + 1e-5 * torch.randn(2, 3))
+    w = torch.linspace(-1, 1, 18).reshape(2, 9).bfloat16()
+    assert is_two_valued(w.sign() - w + w) and not is_two_valued(w)
     assert not is_two_valued(torch.tensor([[1.0, 0.0, -1.0]]))  # ternary
     assert not is_two_valued(torch.randn(4, 9))
 

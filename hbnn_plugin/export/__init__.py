@@ -1,7 +1,8 @@
 """Out of training: packed files of one bit a binary weight, and other runtimes. Each needs its own optional package."""
 
+from .agreement import Agreement
 from .onnx_file import to_onnx
 from .packed import load_packed, save_packed
-from .xnor import to_openvino
+from .xnor import XnorModel, to_openvino
 
-__all__ = ["load_packed", "save_packed", "to_onnx", "to_openvino"]
+__all__ = ["Agreement", "XnorModel", "load_packed", "save_packed", "to_onnx", "to_openvino"]

@@ -11,16 +11,19 @@ __all__ = ["Agreement", "agreement"]
 
 
 class Agreement(NamedTuple):
-    """Another runtime's logits against torch's, on the same input."""
+    """Another runtime's logits against torch's, on the same input.
+
+    Attributes:
+        rows: how many times a class was chosen: N for logits of shape (N, classes).
+        same_top1: how often both chose the same class.
+        difference: the largest difference of two logits.
+        largest: the largest absolute logit of torch.
+    """
 
     rows: int
-    """How many times a class was chosen: N for logits of shape (N, classes)."""
     same_top1: int
-    """How often both chose the same class."""
     difference: float
-    """The largest difference of two logits."""
     largest: float
-    """The largest absolute logit of torch."""
 
     def __str__(self) -> str:
         relative = self.difference / self.largest if self.largest else float("inf" if self.difference else 0)

@@ -37,7 +37,7 @@ def to_onnx(
         How onnxruntime's output agrees with torch's on the example.
 
     Raises:
-        ValueError: no layer of the model has binary weights; the model cannot be traced
+        ValueError: no convolution of the model has binary weights; the model cannot be traced
             (:func:`hbnn_plugin.export.folding.fold`); on the example onnxruntime's top-1 is not torch's, or a logit is
             further from it than the tolerance.
         ImportError: onnx, onnxscript or onnxruntime is not installed, or torch is too old.

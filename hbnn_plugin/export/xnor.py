@@ -117,7 +117,7 @@ def to_openvino(
         tolerance: how far logits may be from torch's on the example, as a share of the largest; None checks nothing.
 
     Raises:
-        ValueError: no layer of the model has binary weights; the model cannot be traced
+        ValueError: no convolution of the model has binary weights; the model cannot be traced
             (:func:`hbnn_plugin.export.folding.fold`); on the example OpenVINO's top-1 is not torch's, or a logit is
             further from it than the tolerance.
         ImportError: openvino is not installed.
