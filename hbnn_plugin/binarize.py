@@ -69,15 +69,12 @@ class BinaryConv2d(nn.Conv2d):
     sign_input: Sign | None
 
     @classmethod
-    def convert(cls, conv: nn.Conv2d, binarize: str) -> BinaryConv2d:
-        """The binary layer that holds ``conv``'s very parameters."""
-        binary = cls.__new__(cls)
-        nn.Module.__init__(binary)
-        binary.__dict__.update({k: v for k, v in conv.__dict__.items() if k not in ("_modules",)})
-        binary._modules = dict(conv._modules)
-        binary.sign_input = Sign() if binarize == "1/1" else None
-        binary._warned = False
-        return binary
+    def convert(cls, conv: nn.Conv2d, binarize: str) -> None:
+        """Make ``conv`` one of these: the very module, which the model may also hold where nobody can look."""
+        conv.__class__ = cls
+        assert isinstance(conv, cls)
+        conv.sign_input = Sign() if binarize == "1/1" else None
+        conv._warned = False
 
     def binary_weight(self) -> Tensor:
         """α sign(w), of the weight's shape and dtype."""
@@ -176,18 +173,14 @@ def _relus(model: nn.Module) -> list[nn.ReLU]:
 
 
 def binarize_model(model: nn.Module, binarize: str, names: set[str]) -> None:
-    """Replace the named nn.Conv2d by :class:`BinaryConv2d`, and for 1/1 nn.ReLU by nn.Hardtanh, in place."""
-    replaced: dict[nn.Module, nn.Module] = {
-        m: BinaryConv2d.convert(m, binarize)
-        for name, m in model.named_modules()
-        if name in names and type(m) is nn.Conv2d
-    }
-    if binarize == "1/1":
-        replaced |= {m: nn.Hardtanh(inplace=m.inplace) for m in _relus(model)}
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):  # named_children() leaves out second names
-            if child in replaced:
-                parent.add_module(child_name, replaced[child])
+    """Turn the named nn.Conv2d into :class:`BinaryConv2d`, and for 1/1 nn.ReLU into nn.Hardtanh, in place."""
+    relus = _relus(model) if binarize == "1/1" else []
+    for name, module in list(model.named_modules()):
+        if name in names and type(module) is nn.Conv2d:
+            BinaryConv2d.convert(module, binarize)
+    for relu in relus:
+        relu.__class__ = nn.Hardtanh  # type: ignore[assignment]
+        relu.min_val, relu.max_val = -1.0, 1.0  # type: ignore[assignment]
 
 
 @torch.no_grad()

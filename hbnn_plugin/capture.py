@@ -103,17 +103,25 @@ def seen_weights(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside parallel wrappers. Raises TypeError for what is no module."""
+    """The model inside parallel wrappers and ``torch.compile``. Raises TypeError for what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, not {type(model).__name__}")
-    while isinstance(model, (DistributedDataParallel, DataParallel)):
-        model = model.module
-    return model
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy without clusters and parallel wrappers, in evaluation mode. Raises as :func:`hbnn_plugin.fuse`."""
-    copied = copy.deepcopy(unwrapped(model))
+    inner = unwrapped(model)
+    # A host may have kept the weight that its last forward computed; torch copies no tensor with a history.
+    kept = (value for module in inner.modules() for value in vars(module).values())
+    known = {id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and value.grad_fn}
+    copied = copy.deepcopy(inner, known)
     if cluster_settings(copied):
         fuse(copied)
     return copied.eval()

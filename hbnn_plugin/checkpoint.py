@@ -69,7 +69,15 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         A new dict; tensors that needed no mapping are shared.
+
+    Raises:
+        ValueError: it is a checkpoint that holds such a state_dict, not the state_dict itself; a cluster is damaged.
     """
+    for key, value in state_dict.items():
+        if isinstance(value, Mapping) and any(
+            isinstance(inner, str) and is_cluster_key(inner, value) for inner in value
+        ):
+            raise ValueError(f"this holds an applied model's state_dict under {key!r}: pass checkpoint[{key!r}]")
     plain: OrderedDict[str, Any] = OrderedDict()
     for key, value in state_dict.items():
         match = _LATENT_KEY.match(key)

@@ -9,11 +9,12 @@ import importlib
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
@@ -33,13 +34,21 @@ Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]
 class Interception:
     """While started, :func:`hbnn_plugin.apply` is called, with ``options``, on each model that is about to be trained.
 
+    Args:
+        options: of apply.
+        say: is given the plan of each model, and what else the user should know.
+        keep: whether ``models`` holds them, which keeps them alive.
+
     Attributes:
-        models: those it was called on, in order.
+        applied: whether apply was called on one.
+        models: those that an optimizer trains, in order.
     """
 
-    def __init__(self, options: dict[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(self, options: dict[str, Any], say: Callable[[str], None], keep: bool = True) -> None:
         self.options = options
         self.say = say
+        self.keep = keep
+        self.applied = False
         self.models: list[nn.Module] = []
         self._saved: set[Path] = set()
         self._started = time.time()
@@ -58,6 +67,7 @@ class Interception:
                 self._wrap(fsdp.FullyShardedDataParallel, "__init__", self._before_flattening)
         self._wrap(nn.Module, "load_state_dict", self._before_load)
         self._wrap(torch, "save", self._before_save)
+        self._wrap(torch.multiprocessing, "spawn", self._before_spawn)
 
     def stop(self) -> None:
         """Put everything back."""
@@ -89,6 +99,7 @@ class Interception:
         for root in _outermost_modules():
             if any(id(p) in tensors for layer in self._layers(root) for p in layer._parameters.values()):
                 self._apply(root)
+                self._keep(root)
         if len(args) > 1:
             return (args[0], params, *args[2:])
         kwargs["params"] = params
@@ -96,8 +107,9 @@ class Interception:
 
     def _before_wrapper(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         module = args[1] if len(args) > 1 else kwargs["module"]
-        if self._layers(module):
+        if any(p.requires_grad for layer in self._layers(module) for p in layer.parameters()):  # no frozen teacher
             self._apply(module)
+            self._keep(module)
         return args
 
     def _before_sharding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -106,12 +118,11 @@ class Interception:
         parts = given if isinstance(given, (list, tuple)) else [given]
         if all(part in self._met for part in parts):
             return args
-        for root in _outermost_modules():
-            inside = set(root.modules())
-            if not inside.isdisjoint(parts):
-                self._met.update(inside)
-                if self._layers(root):
-                    self._apply(root)
+        for root in _outermost_modules_around(parts):
+            self._met.update(root.modules())
+            if self._layers(root):
+                self._apply(root)
+                self._keep(root)
         return args
 
     def _before_flattening(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -128,8 +139,17 @@ class Interception:
         """A script that resumes may load before it builds its optimizer: a checkpoint with clusters needs apply."""
         state_dict = args[1] if len(args) > 1 else kwargs["state_dict"]
         applied = isinstance(state_dict, Mapping) and any(is_cluster_key(key, state_dict) for key in state_dict)
-        if applied and self._layers(args[0]):
-            self._apply(args[0])
+        if applied:
+            for root in _outermost_modules_around([args[0]]):
+                if self._layers(root):
+                    self._apply(root)
+        return args
+
+    def _before_spawn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        self.say(
+            "torch.multiprocessing.spawn starts processes that this launcher does not reach: what they train, they "
+            "train without the plugin. Use torchrun -m hbnn_plugin, or call hbnn_plugin.apply in the script"
+        )
         return args
 
     def _before_save(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -153,7 +173,13 @@ class Interception:
         if any(find(module) for module in model.modules()):
             return
         self.say(repr(plan(model, **self.options)))
-        self.models.append(apply(model, **self.options))
+        apply(model, **self.options)
+        self.applied = True
+
+    def _keep(self, model: nn.Module) -> None:
+        known = set(model.modules())
+        if self.keep and not any(kept in known for kept in self.models):
+            self.models.append(model)
 
 
 def _tensors(params: Any) -> Iterable[Tensor]:
@@ -172,6 +198,10 @@ def _outermost_modules() -> Iterator[nn.Module]:
     modules: list[nn.Module] = [o for o in gc.get_objects() if nn.Module in type(o).__mro__ and "_modules" in vars(o)]
     inner = {id(child) for module in modules for child in module._modules.values() if child is not None}
     return (module for module in modules if id(module) not in inner)
+
+
+def _outermost_modules_around(parts: Sequence[nn.Module]) -> list[nn.Module]:
+    return [root for root in _outermost_modules() if not set(root.modules()).isdisjoint(parts)]
 
 
 def _fsdp_modules() -> list[Any]:

@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 from .interception import Interception
 from .report import check_report, write_report
-from .retrofit import Binarize
+from .retrofit import Binarize, make_settings
 from .selection import by_name
 from .settings import Mode, Order, Per, Rule, SpaceName
 
@@ -34,8 +34,9 @@ def main(argv: Sequence[str]) -> None:
     """Run the script that ``argv`` names; returns, or leaves, as the script does."""
     options, report, target, is_module = _parse(argv)
     if report is not None:
+        report = report.absolute()  # the script may change the folder
         check_report(report)
-    taken = Interception(options, _say)
+    taken = Interception(options, _say, keep=report is not None)
     sys.argv = list(target)
     taken.start()
     try:
@@ -52,8 +53,11 @@ def main(argv: Sequence[str]) -> None:
 
 def _finish(taken: Interception, report: Path | None) -> None:
     """Never raises: the script's own end is what counts."""
-    if not taken.models:
-        _say("no optimizer was built on a binary convolution, so nothing was applied; --where names layers")
+    if not taken.applied:
+        _say(
+            "no optimizer was built on a binary convolution in this process, so nothing was applied in it; --where "
+            "names layers"
+        )
     elif report is not None and _is_first():
         try:
             unread = write_report(report, taken.models, taken.saved())
@@ -101,6 +105,10 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None, list[str],
     args = vars(parser.parse_args(own))
     report, module, where = args.pop("report"), args.pop("module"), args.pop("where")
     options = {name: value for name, value in args.items() if value is not None}
+    try:
+        make_settings(**{name: value for name, value in options.items() if name not in ("binarize", "mode")})
+    except ValueError as error:
+        parser.error(str(error))
     if where:
         options["where"] = by_name(*where)
     if module is None and not target:

@@ -69,6 +69,12 @@ def _refuse_misfits(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
 
 def _differences(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: str, applied: bool) -> Iterator[str]:
     """What keeps a checkpoint (an applied model's or not) from one layer's cluster."""
+    listed, original = places(prefix, tensor_name)[0], f"{prefix}parametrizations.{tensor_name}.original"
+    if isinstance(epc, InPlace) and original in state_dict:
+        missing = [key for key in (f"{listed}_extra_state", f"{listed}point") if key not in state_dict]
+        if missing:
+            yield f"its cluster in the checkpoint has no {', no '.join(missing)}"
+            return
     place = next((p for p in places(prefix, tensor_name) if f"{p}_extra_state" in state_dict), None)
     weight = state_dict.get(prefix + tensor_name)
     if place is not None:
@@ -85,7 +91,7 @@ def _differences(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name:
         return  # torch names it, if the loading is strict
     elif applied:
         yield f"its {tensor_name} is plain in the checkpoint, has a cluster in the model"
-    stored = state_dict.get(f"{prefix}parametrizations.{tensor_name}.original", weight)
+    stored = state_dict.get(original, weight)
     if isinstance(stored, Tensor) and stored.shape != epc.parameter.shape:
         sizes = tuple(stored.shape), tuple(epc.parameter.shape)
         yield f"its {tensor_name} has the shape {sizes[0]} in the checkpoint, {sizes[1]} in the model"

@@ -21,7 +21,7 @@ from .planning import Plan, check_model, check_where, make_plan
 from .selection import Predicate, Selected
 from .settings import DEFAULT_RADIUS, Mode, Order, Per, Rule, Settings, SpaceName
 
-__all__ = ["Binarize", "apply", "plan"]
+__all__ = ["Binarize", "apply", "make_settings", "plan"]
 
 M = TypeVar("M", bound=nn.Module)
 Binarize = Literal["1/1", "1/32"]
@@ -31,10 +31,15 @@ _SPECTRAL = {"point_lr": 0.15, "point_lr_power": 0.75, "point_momentum": 0.95, "
 """Of a tuned IR-Net and ReCU, see the README."""
 
 
-def _settings(
-    space: SpaceName, rule: Rule | None, per: Per, order: Order, relative: bool, **numbers: float | None
+def make_settings(
+    space: SpaceName = "ball",
+    rule: Rule | None = None,
+    per: Per = "filter",
+    order: Order = "simultaneous",
+    relative: bool = False,
+    **numbers: float | None,
 ) -> Settings:
-    """With the defaults that depend on space and rule in place of None."""
+    """Options of :func:`apply`, with the defaults that depend on space and rule in place of None."""
     rule = rule or ("spectral" if space == "ball" else "mobius")
     defaults = {"radius": DEFAULT_RADIUS.get(space, 1.0), "start": 1.0 if space == "sphere" else 0.0}
     if rule == "spectral":
@@ -71,7 +76,7 @@ def plan(
     Raises:
         ValueError, TypeError: as :func:`apply`.
     """
-    settings = _settings(
+    settings = make_settings(
         space,
         rule,
         per,

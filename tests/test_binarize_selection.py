@@ -194,3 +194,30 @@ class HeadFirst(nn.Module):
 def test_a_classifier_that_is_registered_first_is_no_first_layer() -> None:
     planned = hbnn_plugin.plan(HeadFirst(), binarize="1/32")
     assert [layer.label for layer in planned.layers] == ["conv2", "conv3"]
+
+
+class InAList(nn.Module):
+    """Runs its layers from a plain list, which no module knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.act = nn.ReLU()
+        self.order = [self.first, self.act, self.second, self.third]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.order:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+def test_layers_that_are_also_held_in_a_plain_list_are_binary_there(mode: Any) -> None:
+    net = hbnn_plugin.apply(InAList(), binarize="1/1", mode=mode)
+    assert net.order[2] is net.second and isinstance(net.order[1], nn.Hardtanh)
+    x = torch.randn(2, 3, 5, 5)
+    inside = net.second(net.act(net.first(x)))
+    torch.testing.assert_close(net(x), net.third(inside))
+    assert len(inside.detach()[:, :, 2, 2].abs().mul(1e4).round().unique()) < 30  # sums of 27 times ±scale, and a bias
+    before = net.eval()(x)
+    torch.testing.assert_close(hbnn_plugin.fuse(net)(x), before)

@@ -84,3 +84,16 @@ def test_no_checkpoint_needs_more_than_weights_only_and_none_runs_code(mode: str
     assert not list(tmp_path.iterdir())
     net.load_state_dict(saved(checkpoint))
     assert loss_of(net).isfinite()
+
+
+@pytest.mark.parametrize("entry", ["point", "_extra_state"])
+def test_a_cluster_that_lacks_an_entry_is_named_before_anything_is_loaded(entry: str) -> None:
+    checkpoint = trained(mode="parametrize").state_dict()
+    del checkpoint[f"conv2.parametrizations.weight.0.{entry}"]
+    refused(trained(mode="inplace"), checkpoint, rf"conv2: its cluster in the checkpoint has no .*\.{entry}")
+
+
+def test_a_checkpoint_around_a_state_dict_is_not_taken_for_one() -> None:
+    checkpoint = {"optimizer": {0: 1}, "model": trained().state_dict()}
+    with pytest.raises(ValueError, match=r"state_dict under 'model': pass checkpoint\['model'\]"):
+        hbnn_plugin.plain_state_dict(checkpoint)

@@ -311,3 +311,7 @@ def test_a_layer_that_should_be_binary_and_is_not_has_a_note() -> None:
     assert found["0"].bits == 32
     assert re.search(r"\n0 counts as real-valued: 4 of 4 filters are not ±scale", repr(found))
     assert complexity(tiny_net(), TINY).notes == {}
+
+
+def test_a_model_without_anything() -> None:
+    assert "0 MB, 0 operations" in repr(complexity(nn.Identity(), TINY))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 from torch.optim import SGD, Adam
 
+import hbnn_plugin
 from hbnn_plugin.cluster import find
 from hbnn_plugin.inplace import InPlace
 from hbnn_plugin.interception import Interception
@@ -36,7 +39,8 @@ def watch() -> Iterator[Interception]:
 
 
 def originals() -> list[object]:
-    kept: list[object] = [torch.optim.Optimizer.__init__, DataParallel.__init__, nn.Module.load_state_dict, torch.save]
+    kept: list[object] = [torch.optim.Optimizer.__init__, DataParallel.__init__, torch.save]
+    kept += [nn.Module.load_state_dict, torch.multiprocessing.spawn]
     return [*kept, fsdp().fully_shard, torch.distributed.fsdp.FullyShardedDataParallel.__init__]
 
 
@@ -116,6 +120,39 @@ def test_a_script_that_resumes_may_load_before_it_builds_its_optimizer(watch: In
     train(resumed, optimizer, 1)
     plain.load_state_dict(tiny_net().state_dict())  # one that is no applied model's
     assert not clusters(plain)
+
+
+def test_what_a_part_loads_is_applied_to_the_whole(watch: Interception) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = tiny_net(), IrConv(3, 3, 1)
+
+    saved = hbnn_plugin.apply(tiny_net()).state_dict()
+    net = Two()
+    net.backbone.load_state_dict(saved)
+    assert list(clusters(net)) == ["backbone.conv1", "backbone.conv2", "head"]
+    SGD(net.parameters(), lr=0.1)
+    assert watch.models == [net]
+
+
+def test_a_frozen_teacher_in_a_wrapper_stays_as_it_is(watch: Interception) -> None:
+    teacher = tiny_net().requires_grad_(False)
+    DataParallel(teacher)
+    assert not clusters(teacher) and not watch.applied
+
+
+def test_models_are_let_go_unless_a_report_wants_them() -> None:
+    taken = Interception({}, lambda _: None, keep=False)
+    taken.start()
+    net = tiny_net()
+    SGD(net.parameters(), lr=0.1)
+    taken.stop()
+    model = weakref.ref(net)
+    assert taken.applied and clusters(net)
+    del net
+    gc.collect()
+    assert model() is None
 
 
 def test_a_wrapper_comes_first(watch: Interception) -> None:

@@ -184,3 +184,38 @@ def test_a_script_without_a_binary_network_is_left_alone(
     monkeypatch.setattr(sys, "path", list(sys.path))
     launcher.main(["plain.py"])
     assert "nothing was applied" in capsys.readouterr().err
+
+
+def test_an_option_out_of_range_ends_it_before_the_script_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("raise AssertionError('it began')")
+    with pytest.raises(SystemExit):
+        launcher.main(["--radius", "-1", str(script)])
+    assert "radius" in capsys.readouterr().err
+
+
+def test_a_report_stays_where_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    script = tmp_path / "train.py"
+    lines = ["import os", "from tiny_hosts import *", "os.chdir('elsewhere')", "net = tiny_net()"]
+    lines += ["train(net, torch.optim.SGD(net.parameters(), lr=0.1), 1)"]
+    script.write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    launcher.main(["--report", "flips", str(script)])
+    assert (tmp_path / "flips" / "flips.txt").is_file()
+
+
+def test_processes_out_of_reach_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import torch.multiprocessing as mp\nmp.spawn(print, nprocs=0)")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    launcher.main([str(script)])
+    said = capsys.readouterr().err
+    assert "spawn starts processes that this launcher does not reach" in said and "nothing was applied" in said

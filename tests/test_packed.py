@@ -251,3 +251,18 @@ def test_where_names_the_binary_layers(tmp_path: Path) -> None:
     fresh = load_packed(tmp_path / "file", SignLinearNet())
     assert close(output(fresh), output(net))
     assert not clusters(fresh)
+
+
+def test_a_real_valued_checkpoint_makes_a_loaded_model_the_host_again(tmp_path: Path) -> None:
+    path, real = tmp_path / "m.safetensors", tiny_net(seed=3).eval()
+    save_packed(tiny_net(), path)
+    loaded = load_packed(path, tiny_net(seed=1))
+    packed = {name: value.clone() for name, value in loaded.state_dict().items()}
+    x, _ = batch()
+    before = loaded(x)
+    loaded.load_state_dict(real.state_dict())
+    torch.testing.assert_close(loaded(x), real(x))
+    assert loaded.conv1.weight.requires_grad
+    again = load_packed(path, tiny_net(seed=2))
+    again.load_state_dict(packed)  # of another packed file: ±scale
+    torch.testing.assert_close(again(x), before)

@@ -39,7 +39,8 @@ class Agreement(NamedTuple):
         if self.same_top1 != self.rows or not self.difference <= tolerance * self.largest:
             raise ValueError(
                 f"{runtime} does not compute what torch does: {self}; tolerance {tolerance:g}. Rounding may turn the "
-                "sign of an activation next to zero; if that is all, a larger tolerance, or another example, helps"
+                "sign of an activation next to zero; if that is all, another example helps, or tolerance=None, which "
+                "checks nothing"
             )
 
 

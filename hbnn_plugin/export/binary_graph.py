@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..capture import unwrapped
 from ..selection import binary_convolutions
 from .folding import Folded, SignsAndScales, add_constant, constants, convolutions, signs_and_scales
 from .steps import Step, find_step
@@ -84,7 +85,7 @@ def binarize(folded: Folded, model: nn.Module) -> tuple[ExportedProgram, list[Fo
     """
     # Without mutation, and every convolution as aten.convolution with all of its arguments.
     module = make_fx(torch.func.functionalize(folded.graph))(folded.example)
-    known = constants(module)
+    model, known = unwrapped(model), constants(module)
     convs = list(convolutions(module.graph))
     operands: list[tuple[Any, ...]] = [conv.args for conv in convs]
     steps = [find_step(data, known) for data, *_ in operands]

@@ -53,7 +53,7 @@ def fold(model: nn.Module, example_input: Tensor) -> Folded:
     """
     _check_dtypes(model, example_input)
     example = example_input.detach().cpu()
-    output = plain_copy(model).cpu()(example)
+    output = plain_copy(model).cpu()(example.clone())  # which it may begin by changing in place
     if not isinstance(output, Tensor) or output.ndim < 2 or not bool(output.isfinite().all()):
         raise ValueError(
             f"{type(model).__name__} has to return one tensor of finite logits, (N, classes, ...), for the example; "
@@ -62,9 +62,16 @@ def fold(model: nn.Module, example_input: Tensor) -> Folded:
     plain, watch = plain_copy(model).cpu(), _Watch()
     watch.follow(plain)
     try:
-        traced = make_fx(lambda x: watch.run(plain, x), pre_dispatch=True)(example)
+        traced = make_fx(lambda x: watch.run(plain, x), pre_dispatch=True)(example.clone())
     except Exception as error:
         raise ValueError(f"the forward of {type(model).__name__} cannot be traced: {error}") from error
+    apart = float((traced(example.clone()) - output).abs().max())
+    if not apart <= 1e-4 * float(output.abs().max()):
+        raise ValueError(
+            f"the forward of {type(model).__name__} cannot be traced: its trace gives logits that differ by up to "
+            f"{apart:.3g}. Does it write to an activation's .data? No trace shows that: compute the sign in a "
+            "torch.autograd.Function, or add (x.sign() - x).detach()"
+        )
     _fold_constants(traced, watch)
     return Folded(traced, tuple(watch.layers), example, output)
 

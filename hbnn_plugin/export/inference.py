@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -61,13 +62,17 @@ def hold(layer: Selected) -> None:
     """Let the layer convolve with its weight Parameter as it is, from now on, in evaluation mode.
 
     Its forward becomes one that raises RuntimeError in training mode. Class, keys and everything else stay, and it
-    can be copied, pickled, exported and compiled as before. The weight takes no gradient any more.
+    can be copied, pickled, exported and compiled as before. The weight takes no gradient any more. Loading a
+    real-valued weight into the layer, such as from a checkpoint of training, undoes all that.
     """
     module = layer.module
     release(module)
     edits = edits_its_weight(module, layer.shape, layer.weight)
     layer.weight.requires_grad_(False)
     module.forward = partial(_forward, module, layer.label, layer.tensor_name, edits)
+    module._register_load_state_dict_pre_hook(
+        partial(_take, layer.tensor_name, layer.shape, layer.unit_dims), with_module=True
+    )
 
 
 def is_held(module: nn.Module) -> bool:
@@ -80,3 +85,27 @@ def release(module: nn.Module) -> None:
     """Undo :func:`hold`, if it was called on this layer; its weight stays."""
     if is_held(module):
         del vars(module)["forward"]
+        hooks = module._load_state_dict_pre_hooks
+        for key in [
+            key for key, entry in hooks.items() if getattr(getattr(entry, "hook", None), "func", None) is _take
+        ]:
+            del hooks[key]
+
+
+def _take(
+    tensor_name: str,
+    shape: tuple[int, ...],
+    unit_dims: tuple[int, ...],
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
+) -> None:
+    """Before a checkpoint is loaded: a held layer would convolve with a latent weight as it is."""
+    weight, here = state_dict.get(prefix + tensor_name), getattr(module, tensor_name)
+    if not isinstance(weight, Tensor) or weight.shape != here.shape:
+        return
+    rows = weight.detach().reshape(shape).movedim(unit_dims, tuple(range(len(unit_dims)))).flatten(len(unit_dims)).abs()
+    if not torch.equal(rows.amin(-1), rows.amax(-1)):
+        release(module)
+        here.requires_grad_(True)
