@@ -86,8 +86,8 @@ class Complexity(ByLayer[LayerComplexity]):
     def __repr__(self) -> str:
         header = ("layer", "kind", "parameters", "bits", "bytes", "multiply-adds", "binary", "elementwise")
         rows = [(name, layer.kind, *map(str, layer[1:])) for name, layer in self.items()]
-        figures = [layer[1:] for layer in self.values()] or [(0,) * (len(header) - 2)]
-        parameters, _, *rest = (str(sum(column)) for column in zip(*figures))
+        figures: list[tuple[int, ...]] = [layer[1:] for layer in self.values()]
+        parameters, _, *rest = (str(sum(column)) for column in zip(*(figures or [(0,) * (len(header) - 2)])))
         rows.append(("sum", "", parameters, "", *rest))
         costs = [
             f"{title}: {cost.megabytes:.4g} MB, {cost.ops:.4g} operations"
