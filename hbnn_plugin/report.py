@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from .checkpoint import plain_state_dict
 from .diagnostics import cluster_report
+from .files import beside
 from .flips import FlipRatio, flip_ratio
 
 __all__ = ["check_report", "write_report"]
@@ -57,7 +57,8 @@ def write_report(folder: Path, models: Sequence[nn.Module], saved: Sequence[Path
         if plain is not None:
             target = folder / "fused" / path.relative_to(top)
             target.parent.mkdir(parents=True, exist_ok=True)
-            _write(target, partial(torch.save, plain))
+            with beside(target) as temporary:
+                torch.save(plain, temporary)
     return unread
 
 
@@ -82,18 +83,10 @@ def _draw(path: Path, flips: FlipRatio) -> None:
     axis.axhline(50, color="0.6", linewidth=1)
     axis.set_xticks(range(len(flips)), list(flips), rotation=60, ha="right", fontsize=7)
     axis.set(ylabel="binary weights flipped since the reference, %", title=f"all layers: {100 * flips.total:.1f} %")
-    _write(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    with beside(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def _write_text(path: Path, text: str) -> None:
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _write(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Into a file beside it, then into its place at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        writer(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..files import beside
 from ..version import __version__
 
 __all__ = ["BIT_ORDER", "FORMAT", "Contents", "PackedLayer", "read", "write"]
@@ -84,12 +84,8 @@ def write(contents: Contents, path: Path) -> None:
     data = bytearray(_safetensors().save(dict(contents.tensors), metadata))
     at = data.index(_MARK) + len(_MARK)
     data[at : at + 64] = hashlib.sha256(data).hexdigest().encode()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with beside(path) as temporary:
         temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Contents:

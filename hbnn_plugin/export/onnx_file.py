@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ..files import beside
 from .agreement import Agreement, agreement
 from .folding import Folded, add_constant, constants, convolutions, fold, signs_and_scales
 
@@ -48,17 +49,12 @@ def to_onnx(
         raise ValueError(f"no convolution of {type(model).__name__} has binary weights in evaluation mode")
     file = torch.onnx.export(_program(folded), dynamo=True, verbose=False)
     assert file is not None
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        file.save(beside)
-        session = runtime.InferenceSession(beside, providers=["CPUExecutionProvider"])
+    with beside(Path(path)) as temporary:
+        file.save(temporary)
+        session = runtime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
         (output,) = session.run(None, {session.get_inputs()[0].name: folded.example.numpy()})
         result = agreement(torch.from_numpy(output), folded.output)
         result.require(tolerance, "onnxruntime")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
     return result
 
 
