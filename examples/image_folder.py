@@ -7,10 +7,12 @@ evaluation takes the centre, 224 pixels of a shorter side of 256. DataLoader's w
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import random
 import zlib
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +26,7 @@ from images import count_kept, count_steps, normalise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from multiprocessing.context import BaseContext
     from pathlib import Path
 
     import numpy.typing as npt
@@ -105,6 +108,7 @@ class ImageFolder:
             _Reader(self, draw),
             batch_sampler=[order[share].tolist() for share in shares],
             num_workers=self.workers,
+            multiprocessing_context=_clean_processes() if self.workers else None,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the global one
         )
@@ -167,6 +171,18 @@ def _scan(folder: Path, classes: list[str], size: int, workers: int) -> ImageFol
         counts.append(len(files))
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
     return ImageFolder(folder, np.array(names), labels, size, workers=workers)
+
+
+@cache
+def _clean_processes() -> BaseContext:
+    """Where readers start: a fork of this process may copy a lock that another of its threads holds just then, and wait
+    for it forever.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "PIL.Image"])
+    return context
 
 
 def _free_cores() -> int:
