@@ -124,3 +124,10 @@ def test_what_a_preset_does_not_have_is_an_error() -> None:
         EXPERIMENTS["table5"].cases(PRESETS["small"], archs=["vgg_small"])
     with pytest.raises(ValueError, match="take small or medium"):
         EXPERIMENTS["search"].search(PRESETS["paper"], CASES)
+
+
+def test_surfaces_that_have_yet_to_be_worked_out_are_told_of(tmp_path: Path) -> None:
+    experiment, preset = EXPERIMENTS["fig5"], PRESETS["smoke"]
+    study = experiment.study(preset, experiment.cases(preset, ["plain"], ["resnet8"]))
+    with pytest.raises(ValueError, match=r"fig5-smoke\.jsonl has no surface of these networks"):
+        write_report("fig5", study, Lines([]), tmp_path / "fig5-smoke", tmp_path / "fig5-smoke.jsonl")

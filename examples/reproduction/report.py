@@ -31,7 +31,7 @@ _PICTURES = {
 def write_report(
     experiment: str, comparison: Study | Search, lines: Lines, path: Path, surfaces: Path | None = None
 ) -> None:
-    """``path`` with .md and .png; the tables are printed too."""
+    """``path`` with .md and .png; the tables are printed too. Raises ValueError where no surface is there to draw."""
     path.parent.mkdir(parents=True, exist_ok=True)
     heading = f"{EXPERIMENTS[experiment].title}\n\n"
     if isinstance(comparison, Search):
@@ -43,7 +43,10 @@ def write_report(
                 "\nTuning: accuracy on held-out training images, short round → full length, in %.\n\n" + tuning + "\n"
             )
         if surfaces:
-            plots.draw_surfaces(comparison.cases, read_surfaces(comparison, lines, surfaces), path.with_suffix(".png"))
+            found = read_surfaces(comparison, lines, surfaces)
+            if not found:
+                raise ValueError(f"{surfaces} has no surface of these networks; without --report it is worked out")
+            plots.draw_surfaces(comparison.cases, found, path.with_suffix(".png"))
         else:
             _PICTURES[experiment](comparison, lines, path.with_suffix(".png"))
     checkpoints.write_text(path.with_suffix(".md"), heading + text)
