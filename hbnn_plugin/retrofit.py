@@ -133,8 +133,9 @@ def apply(
         binarize: for a full-precision model: ``"1/1"`` (weights/activations) or ``"1/32"`` binarizes its convolutions
             first. For ``"1/1"`` every ``nn.ReLU`` outside the classifier becomes ``nn.Hardtanh``.
         mode: ``"parametrize"``: the weight becomes a torch parametrization of its latent; ``"inplace"``: the host keeps
-            its weight and class, its keys beside new ones, and only an optimizer's step sees the latent. By default parametrize, unless
-            something is seen that takes in-place mode (:mod:`hbnn_plugin.idioms`, a model in DDP); ``plan`` tells.
+            its weight and class, its keys beside new ones, and only an optimizer's step sees the latent. By default
+            parametrize, unless something is seen that takes in-place mode (:mod:`hbnn_plugin.idioms`, a model in DDP);
+            ``plan`` tells.
         rule: how points move: ``"spectral"`` (beyond the paper, :mod:`hbnn_plugin.rules`; the ball's default, because
             it gained accuracy over a tuned IR-Net, see the README), ``"mobius"`` (the paper's Eq. 9; the sphere's
             default), ``"riemannian"`` or ``"riemannian-adam"`` (geoopt's), or ``"fixed"``: not at all, which is the
