@@ -85,11 +85,9 @@ def release(module: nn.Module) -> None:
     """Undo :func:`hold`, if it was called on this layer; its weight stays."""
     if is_held(module):
         del vars(module)["forward"]
-        hooks = module._load_state_dict_pre_hooks
-        for key in [
-            key for key, entry in hooks.items() if getattr(getattr(entry, "hook", None), "func", None) is _take
-        ]:
-            del hooks[key]
+    hooks = module._load_state_dict_pre_hooks
+    for key in [key for key, entry in hooks.items() if getattr(getattr(entry, "hook", None), "func", None) is _take]:
+        del hooks[key]
 
 
 def _take(
@@ -103,9 +101,9 @@ def _take(
 ) -> None:
     """Before a checkpoint is loaded: a held layer would convolve with a latent weight as it is."""
     weight, here = state_dict.get(prefix + tensor_name), getattr(module, tensor_name)
-    if not isinstance(weight, Tensor) or weight.shape != here.shape:
+    if not is_held(module) or not isinstance(weight, Tensor) or weight.shape != here.shape:
         return
     rows = weight.detach().reshape(shape).movedim(unit_dims, tuple(range(len(unit_dims)))).flatten(len(unit_dims)).abs()
     if not torch.equal(rows.amin(-1), rows.amax(-1)):
-        release(module)
+        del vars(module)["forward"]  # the hook stays: torch is running through the hooks
         here.requires_grad_(True)
