@@ -20,7 +20,16 @@ from .cluster import INPLACE_SUFFIX
 from .epc import exp_map
 from .settings import Settings
 
-__all__ = ["GEOMETRY", "described", "is_cluster_key", "layer_of", "mapped", "places", "plain_state_dict"]
+__all__ = [
+    "GEOMETRY",
+    "described",
+    "holds_clusters",
+    "is_cluster_key",
+    "layer_of",
+    "mapped",
+    "places",
+    "plain_state_dict",
+]
 
 GEOMETRY = ("space", "radius", "per", "relative", "shape", "dims")
 """What has to be the same for a checkpoint's latents and points to mean the same weights."""
@@ -45,6 +54,13 @@ def is_cluster_key(key: str, state_dict: Mapping[str, Any]) -> bool:
     """Whether this is the key of an entry of a cluster."""
     place = key[: key.rfind(".") + 1]
     return bool(_PLACE.search(place)) and {f"{place}_extra_state", f"{place}point"} <= state_dict.keys()
+
+
+def holds_clusters(content: object) -> bool:
+    """Whether this is an applied model's state_dict, not something around it."""
+    if not isinstance(content, Mapping):
+        return False
+    return any(isinstance(key, str) and is_cluster_key(key, content) for key in content)
 
 
 def described(state: Any) -> dict[str, Any] | None:
@@ -74,9 +90,7 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: it is a checkpoint that holds such a state_dict, not the state_dict itself; a cluster is damaged.
     """
     for key, value in state_dict.items():
-        if isinstance(value, Mapping) and any(
-            isinstance(inner, str) and is_cluster_key(inner, value) for inner in value
-        ):
+        if holds_clusters(value):
             raise ValueError(f"this holds an applied model's state_dict under {key!r}: pass checkpoint[{key!r}]")
     plain: OrderedDict[str, Any] = OrderedDict()
     for key, value in state_dict.items():

@@ -9,7 +9,7 @@ import importlib
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from .binarize import plan_binarization
-from .checkpoint import is_cluster_key
+from .checkpoint import holds_clusters
 from .cluster import find
 from .retrofit import apply, plan
 from .selection import Predicate, binary_convolutions
@@ -40,7 +40,7 @@ class Interception:
         keep: whether ``models`` holds them, which keeps them alive.
 
     Attributes:
-        applied: whether apply was called on one.
+        applied: whether one of them has its clusters, also where the script itself called apply.
         models: those that an optimizer trains, in order.
     """
 
@@ -137,9 +137,7 @@ class Interception:
 
     def _before_load(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """A script that resumes may load before it builds its optimizer: a checkpoint with clusters needs apply."""
-        state_dict = args[1] if len(args) > 1 else kwargs["state_dict"]
-        applied = isinstance(state_dict, Mapping) and any(is_cluster_key(key, state_dict) for key in state_dict)
-        if applied:
+        if holds_clusters(args[1] if len(args) > 1 else kwargs["state_dict"]):
             for root in _outermost_modules_around([args[0]]):
                 if self._layers(root):
                     self._apply(root)
@@ -170,10 +168,9 @@ class Interception:
         return [m for name, m in model.named_modules() if predicate(m, name)]
 
     def _apply(self, model: nn.Module) -> None:
-        if any(find(module) for module in model.modules()):
-            return
-        self.say(repr(plan(model, **self.options)))
-        apply(model, **self.options)
+        if not any(find(module) for module in model.modules()):
+            self.say(repr(plan(model, **self.options)))
+            apply(model, **self.options)
         self.applied = True
 
     def _keep(self, model: nn.Module) -> None:

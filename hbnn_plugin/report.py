@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import plain_state_dict
+from .checkpoint import holds_clusters, plain_state_dict
 from .diagnostics import cluster_report
 from .files import beside
 from .flips import FlipRatio, flip_ratio
@@ -66,7 +66,7 @@ def _plain(content: Any) -> Any:
     """The content with every applied model's state_dict made plain; None if there is none."""
     if not isinstance(content, Mapping):
         return None
-    if any(isinstance(key, str) and key.endswith("._extra_state") for key in content):
+    if holds_clusters(content):
         return plain_state_dict(content)
     changed = {key: plain for key, value in content.items() if (plain := _plain(value)) is not None}
     return {**content, **changed} if changed else None
