@@ -182,6 +182,14 @@ class EPC(nn.Module, ABC):
         w = self.logical(weight).to(self.point.dtype)
         if not bool(w.isfinite().all()):
             raise ValueError(f"{self.name}: the weight holds {int((~w.isfinite()).sum())} non-finite value(s)")
+        latent, moved = self.inverse(w)
+        return latent.reshape(weight.shape).to(weight.dtype), int(moved.sum())
+
+    def inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent of a finite weight in its logical shape, and where its length could not be kept, a bool a point.
+
+        In the ball it looks at no value, which on a GPU would mean waiting for it.
+        """
         target, moved = self._into_space(w)
         if self.settings.space == "sphere":
             zeros = int((w.abs().amax(self.dims) == 0).sum())
@@ -190,8 +198,7 @@ class EPC(nn.Module, ABC):
                     f"{self.name}: the weight is zero at {zeros} point(s), which has no place on the sphere"
                 )
             target = self._off_the_antipode(target)
-        latent = log_map(self.point, target, self.radius, self.settings.geometry, self.dims)
-        return latent.reshape(weight.shape).to(weight.dtype), int(moved.sum())
+        return log_map(self.point, target, self.radius, self.settings.geometry, self.dims), moved
 
     @torch.no_grad()
     def restart(self, weight: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .cluster import EPC, INPLACE_SUFFIX
 from .epc import Map, exp_maps, pull_back
-from .passes import traced
+from .passes import chosen, recorded, traced
 from .sharding import is_sharded, sharded_like, whole
 from .watching import StepWatch
 
@@ -49,7 +49,7 @@ class InPlace(EPC):
         self.upstream: Tensor | None = None
         self.written: Tensor | None = None
         self.swapped = False
-        self._warned = False
+        self.may_warn = self.settings.space == "ball"
         self._lost = False
         self._watch = StepWatch()
         self._watching: RemovableHandle | None = None
@@ -124,34 +124,32 @@ class InPlace(EPC):
         rows = tuple(d for d in self.dims if d) or self.dims
         return torch.stack([weight.sum(rows), torch.linalg.vector_norm(weight, dim=rows)])
 
-    @torch.no_grad()
-    def honour_edits(self) -> None:
-        """Take what the host did to its weight into the latent, through the inverse map, and only where it did.
-
-        The latent takes only what differs from the mapped weight by value: ``.data`` edits bump no version.
-        """
-        if self.written is not None and torch.equal(self.written, self.fingerprint()):
-            return
+    def edits(self) -> Tensor:
+        """One bool a point: whether the host has changed its weight, by value: ``.data`` edits bump no version."""
         weight = self.logical(whole(self.parameter.detach()))
-        mapped = self.logical(self.weight_of(self.latent))
-        changed = edited(weight, mapped, self.dims)
-        if not bool(changed.any()):
-            return
+        return edited(weight, self.logical(self.weight_of(self.latent)), self.dims)
+
+    def honour(self, changed: Tensor) -> Tensor:
+        """Take the weight into the latent, through the inverse map, at these points; at which its length was lost."""
+        weight = self.logical(whole(self.parameter.detach()))
         finite = weight.isfinite().all(self.dims, keepdim=True) if self.dims else weight.isfinite()
-        inverse, outside = self.latent_of(torch.where(changed & finite, weight, self.point.to(weight.dtype)))
-        latent = torch.where(finite, self.logical(inverse), weight)  # not finite: let it be seen, as in the bare host
+        inverse, outside = self.inverse(torch.where(changed & finite, weight.to(self.point.dtype), self.point))
+        latent = torch.where(finite, inverse.to(weight.dtype), weight)  # what is not is to be seen, as in the bare host
         self.latent.copy_(torch.where(changed, latent, self.logical(self.latent)).reshape(self.latent.shape))
-        if outside and not self._warned and self.settings.space == "ball":
-            self._warned = True
-            warnings.warn(
-                f"{self.name}: the host moved its weight out of the ball at {outside} of {self.points} point(s) "
-                f"(radius {self.settings.radius:g}); its direction is kept and its length is not. A smaller radius, or "
-                "apply(..., relative=True), would keep both.",
-                stacklevel=2,
-            )
+        return outside
+
+    def warn_of_lost_lengths(self, points: int) -> None:
+        """Say that the host has moved its weight out of the ball at so many points."""
+        self.may_warn = False
+        warnings.warn(
+            f"{self.name}: the host moved its weight out of the ball at {points} of {self.points} point(s) "
+            f"(radius {self.settings.radius:g}); its direction is kept and its length is not. A smaller radius, or "
+            "apply(..., relative=True), would keep both.",
+            stacklevel=2,
+        )
 
     def _watch_steps(self, module: nn.Module, args: object) -> None:
-        if traced() or not self.registered:
+        if traced() or recorded() or not self.registered:
             return
         changes = self._watch.sees_a_still_point(self, self.parameter)
         if self._watch.is_over:
@@ -200,8 +198,7 @@ class InPlace(EPC):
 def enter(clusters: Sequence[InPlace]) -> None:
     """Put the latents and their gradients into the hosts' weights."""
     clusters = [epc for epc in clusters if not epc.swapped]
-    for epc in clusters:
-        epc.honour_edits()
+    _honour_edits(clusters)
     moving = [(epc, grad) for epc in clusters if (grad := epc.parameter.grad) is not None]
     maps = [epc.map_of(epc.latent) for epc, _ in moving]
     gradients = [epc.logical(whole(grad)).to(of.latent.dtype) for (epc, grad), of in zip(moving, maps)]
@@ -227,9 +224,25 @@ def leave(clusters: Sequence[InPlace]) -> None:
         if mapped.data_ptr() != weight.data_ptr():
             weight.copy_(sharded_like(mapped.reshape(epc.latent.shape).to(weight.dtype), weight))
         epc.written = epc.fingerprint()
-        if weight.grad is not None and epc.upstream is not None:
-            if not bool(whole(weight.grad).any()):  # the step has cleared it
-                epc.upstream.zero_()
-            weight.grad = epc.upstream
-        epc.upstream = None
-        epc.swapped = False
+    stepped = [
+        (epc, epc.upstream, grad)
+        for epc in clusters
+        if epc.upstream is not None and (grad := epc.parameter.grad) is not None
+    ]
+    for _, upstream, _ in chosen(stepped, [~whole(grad).any() for *_, grad in stepped]):
+        upstream.zero_()  # as the step has cleared its own
+    for epc, upstream, _ in stepped:
+        epc.parameter.grad = upstream
+    for epc in clusters:
+        epc.upstream, epc.swapped = None, False
+
+
+def _honour_edits(clusters: Sequence[InPlace]) -> None:
+    """Take what the hosts did to their weights into the latents, through the inverse map, and only where they did."""
+    left = [(epc, epc.written) for epc in clusters if epc.written is not None]
+    untouched = {epc for epc, _ in chosen(left, [(written == epc.fingerprint()).all() for epc, written in left])}
+    edits = [(epc, epc.edits()) for epc in clusters if epc not in untouched]
+    honoured = [(epc, epc.honour(where)) for epc, where in chosen(edits, [where.any() for _, where in edits])]
+    to_warn = [(epc, outside) for epc, outside in honoured if epc.may_warn]
+    for epc, outside in chosen(to_warn, [outside.any() for _, outside in to_warn]):
+        epc.warn_of_lost_lengths(int(outside.sum()))

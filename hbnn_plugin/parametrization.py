@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .cluster import EPC, find
 from .epc import Mapped, exp_map_mapped
-from .passes import traced
+from .passes import recorded, traced
 from .sharding import whole
 from .watching import StepWatch
 
@@ -104,7 +104,7 @@ class Parametrized(EPC):
             weight = exp_map_mapped(self.map_of(latent), mapped).reshape(latent.shape)
         else:
             weight = self.weight_of(latent)
-        if type(latent) is nn.Parameter:
+        if type(latent) is nn.Parameter and not recorded():
             if not self._watch.is_over and self.settings.rule != "fixed":
                 self._watch_steps(latent)
             if self._reads_to_watch:

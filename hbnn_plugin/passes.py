@@ -9,25 +9,30 @@ passes are made together by :mod:`hbnn_plugin.joint_passes`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "Dims",
+    "chosen",
     "combine",
     "covers_rows",
     "inner",
     "largest",
     "lie_alike",
     "may_look",
+    "recorded",
     "rows_of",
     "scalar_dtype",
     "traced",
     "working_dtype",
 ]
+
+T = TypeVar("T")
 
 Dims = tuple[int, ...]
 """The dimensions of one point; the others count points."""
@@ -48,9 +53,21 @@ def may_look(x: Tensor) -> bool:
     return x.is_cpu
 
 
+def chosen(items: Sequence[T], flags: Iterable[Tensor]) -> list[T]:
+    """The items whose flag, one bool each, is True; where looking at values means waiting, one wait for all."""
+    flags = list(flags)
+    values = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+    return [item for item, value in zip(items, values, strict=True) if value]
+
+
 def traced() -> bool:
     """Whether torch.compile, torch.export or torch.jit.trace is looking: then plain operations, and nothing kept."""
     return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
+
+
+def recorded() -> bool:
+    """Whether a CUDA graph is being recorded, which looking at a value would end with an error."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def inner(x: Tensor, y: Tensor, dims: Dims, *, exact: bool = False, scratch: Tensor | None = None) -> Tensor:
