@@ -32,7 +32,7 @@ _SPECTRAL: Options = {**_LITERAL, "rule": "spectral", "point_momentum": 0.95, "p
 _ROOT: Options = {**_SPECTRAL, "point_lr": 0.1, "point_lr_power": 0.5}
 _DEFAULT: Options = {**_SPECTRAL, "point_lr": 0.15, "point_lr_power": 0.75}
 _FLAT = 1e-12
-_ROOT_TUNED = ("cifar10 resnet8, irnet", "cifar10 resnet8, recu")
+_ROOT_TUNED = ("cifar10 resnet8, irnet",)
 """Cases that were tuned when √lr was the default."""
 
 _OPEN: dict[str, Options] = {
