@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .convolved import CONVOLUTIONS
+from .running import follow
 
 __all__ = ["Operations", "count_operations"]
 
@@ -39,32 +39,24 @@ class Operations(NamedTuple):
 class _Counter(TorchFunctionMode):
     """Counts for the innermost module that is running. Multiply-adds are torch's flop counter's, halved."""
 
-    def __init__(self, model: nn.Module, binary: Collection[str]) -> None:
+    def __init__(self, binary: Collection[str]) -> None:
         super().__init__()
-        self.model = model
         self.binary = binary
         self.flops = FlopCounterMode(display=False)
         self.counts: defaultdict[str, Operations] = defaultdict(Operations)
-        self._running: list[str] = [""]
+        self.running: list[str] = []
         self._settled = 0
 
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[None]:
-        handles = []
-        for name, module in self.model.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._enter(name)))
-            handles.append(module.register_forward_hook(lambda *_: self._leave()))
-        try:
-            with torch.no_grad(), self.flops, self:
-                yield
+    @torch.no_grad()
+    def run(self, model: nn.Module, x: Tensor) -> None:
+        """Count one forward."""
+        with follow(model, between=self._settle) as self.running, self.flops, self:
+            model(x)
             self._settle()
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        binary = func in CONVOLUTIONS and self._running[-1] in self.binary
+        binary = func in CONVOLUTIONS and self.innermost in self.binary
         binary = binary and _two_valued(args[0] if args else kwargs["input"])
         if binary:
             self._settle()
@@ -75,13 +67,10 @@ class _Counter(TorchFunctionMode):
             self._add(elementwise=_ELEMENTWISE[func] * out.numel())
         return out
 
-    def _enter(self, name: str) -> None:
-        self._settle()
-        self._running.append(name)
-
-    def _leave(self) -> None:
-        self._settle()
-        self._running.pop()
+    @property
+    def innermost(self) -> str:
+        """The module that is running; around the model's own forward it is the model."""
+        return self.running[-1] if self.running else ""
 
     def _settle(self, binary: bool = False) -> None:
         """Put what has run since the last time on the account of the module that was running."""
@@ -93,8 +82,8 @@ class _Counter(TorchFunctionMode):
             self._add(multiply_adds=new)
 
     def _add(self, **new: int) -> None:
-        before = self.counts[self._running[-1]]
-        self.counts[self._running[-1]] = before._replace(**{k: getattr(before, k) + n for k, n in new.items()})
+        before = self.counts[self.innermost]
+        self.counts[self.innermost] = before._replace(**{k: getattr(before, k) + n for k, n in new.items()})
 
 
 def count_operations(model: nn.Module, x: Tensor, binary: Collection[str]) -> dict[str, Operations]:
@@ -106,9 +95,8 @@ def count_operations(model: nn.Module, x: Tensor, binary: Collection[str]) -> di
             it has one magnitude.
         binary: names of the layers with binary weights.
     """
-    counter = _Counter(model, binary)
-    with counter.counting():
-        model(x)
+    counter = _Counter(binary)
+    counter.run(model, x)
     return {name: counts for name, counts in counter.counts.items() if any(counts)}
 
 

@@ -207,6 +207,21 @@ def test_other_products_of_a_binary_layer_are_real() -> None:
     assert (found.multiply_adds, found.binary_multiply_adds) == (27 * 27 * 4, 27 * 4 * 16)
 
 
+def test_a_layer_that_its_parent_runs_past_the_hooks_counts_as_any_other() -> None:
+    class Past(nn.Module):
+        def __init__(self, past: bool) -> None:
+            super().__init__()
+            self.conv = ScaledConv(3, 4, 3)
+            self.past = past
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv.forward(x) if self.past else self.conv(x)
+
+    past, called = Past(past=True), Past(past=False)
+    assert dict(complexity(past, TINY)) == dict(complexity(called, TINY))
+    assert "forward" not in vars(past.conv)
+
+
 class ByKeyword(ScaledConv):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(input=x.sign(), weight=self.weight.sign(), padding=self.padding)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..capture import ROUNDINGS, plain_copy
 from ..convolved import CONVOLUTIONS
+from ..running import follow
 
 __all__ = ["Folded", "SignsAndScales", "add_constant", "constants", "convolutions", "fold", "signs_and_scales"]
 
@@ -60,7 +61,6 @@ def fold(model: nn.Module, example_input: Tensor) -> Folded:
             f"it returns {_described(output)}"
         )
     plain, watch = plain_copy(model).cpu(), _Watch()
-    watch.follow(plain)
     try:
         traced = make_fx(lambda x: watch.run(plain, x), pre_dispatch=True)(example.clone())
     except Exception as error:
@@ -130,28 +130,20 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.layers: list[str] = []
         self.weights: list[Tensor] = []
-        self._inside: list[str] = []
+        self._running: list[str] = []
+
+    def run(self, model: nn.Module, x: Tensor) -> Any:
+        """What the model returns."""
+        with follow(model) as self._running, self:
+            return model(x)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            self.layers.append(self._inside[-1])
+            self.layers.append(self._running[-1])
             self.weights.append(weight.detach().clone())  # its host may put other values there
         return func(*args, **kwargs)
-
-    def follow(self, model: nn.Module) -> None:
-        """From now on know whose forward runs."""
-        for name, module in model.named_modules():
-            module.register_forward_pre_hook(lambda module, args, name=name: self._inside.append(name))
-            module.register_forward_hook(self._leave)
-
-    def run(self, model: nn.Module, x: Tensor) -> Any:
-        with self:
-            return model(x)
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._inside.pop()
 
 
 def _check_dtypes(model: nn.Module, example_input: Tensor) -> None:
