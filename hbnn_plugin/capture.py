@@ -18,11 +18,11 @@ from .selection import Predicate, Selected, binary_convolutions, select
 from .settings import Settings
 
 __all__ = [
-    "ROUNDINGS",
     "BinaryWeight",
     "binary_weights",
     "cluster_settings",
     "plain_copy",
+    "scales_of",
     "seen_weights",
     "signed",
     "unwrapped",
@@ -144,15 +144,21 @@ def _look(layer: Selected, roundings: int) -> BinaryWeight | str:
     bad = int((~weight.isfinite()).sum())
     if bad:
         return f"what it convolves with holds {bad} non-finite value(s)"
-    rows = _by_unit(weight.abs(), layer.unit_dims)
-    scale = rows.median(1).values
-    apart = (rows - scale[:, None]).abs().amax(1)
-    far = (apart > roundings * torch.finfo(weight.dtype).eps * scale).nonzero()
-    if len(far):
-        unit = int(far[0])
-        low, high = float(rows[unit].min()), float(rows[unit].max())
-        return f"{len(far)} of {len(rows)} filters are not ±scale: in filter {unit} |w| is {low:.6g} to {high:.6g}"
+    scale, far = scales_of(weight, layer.unit_dims, roundings)
+    if bool(far.any()):
+        unit = int(far.nonzero()[0])
+        row = _by_unit(weight.abs(), layer.unit_dims)[unit]
+        low, high = float(row.min()), float(row.max())
+        return f"{int(far.sum())} of {len(far)} filters are not ±scale: in filter {unit} |w| is {low:.6g} to {high:.6g}"
     return BinaryWeight(layer, ~weight.signbit(), scale)
+
+
+def scales_of(weight: Tensor, unit_dims: tuple[int, ...], roundings: int = ROUNDINGS) -> tuple[Tensor, Tensor]:
+    """The scale of each filter of a convolved weight, and whether the filter is further than that from ±scale."""
+    rows = _by_unit(weight.abs(), unit_dims)
+    scales = rows.median(1).values
+    apart = (rows - scales[:, None]).abs().amax(1)
+    return scales, apart > roundings * torch.finfo(weight.dtype).eps * scales
 
 
 def _beyond_doubt(seen: BinaryWeight) -> bool:

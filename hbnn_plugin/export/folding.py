@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from ..capture import ROUNDINGS, plain_copy
+from ..capture import plain_copy, scales_of
 from ..convolved import CONVOLUTIONS
 from ..running import follow
 
@@ -115,10 +115,8 @@ class SignsAndScales(NamedTuple):
 
 def signs_and_scales(weight: Tensor) -> SignsAndScales | None:
     """Take a convolved weight apart; None if it is not ±scale up to roundings, or has but one number a filter."""
-    rows = weight.abs().flatten(1)
-    scales = rows.median(1).values
-    off = (rows - scales[:, None]).abs().amax(1)
-    if rows.shape[1] < 2 or bool((off > ROUNDINGS * torch.finfo(weight.dtype).eps * scales).any()):
+    scales, far = scales_of(weight, (0,))
+    if weight.numel() < 2 * len(weight) or bool(far.any()):
         return None
     return SignsAndScales(torch.where(weight.signbit(), -1.0, 1.0), scales)
 
