@@ -38,6 +38,13 @@ def test_a_layer_equals_torch_bit_for_bit(**options: Any) -> None:
     assert torch.equal(xnor(x), layer(x))
 
 
+def test_scales_of_one_and_a_bias_of_zeros_leave_a_layer_its_name() -> None:
+    layer, x = Layer(plus_at_zero, outputs=1), whole_numbers(2, 8, 5, 5)
+    nn.init.zeros_(layer.conv.bias)
+    xnor = export(layer, x)
+    assert binary(xnor) == [True] and torch.equal(xnor(x), layer(x))
+
+
 class SideBySide(nn.Module):
     """Layers on the first channels of one input, as many as they take."""
 

@@ -103,7 +103,7 @@ def binarize(folded: Folded, model: nn.Module) -> tuple[ExportedProgram, list[Fo
         if step is None or obstacle:
             found.append(FoundLayer(name, tuple(weight.shape), False, obstacle))
         else:
-            _replace(module, conv, binary, step, layer=sum(layer.binary for layer in found))
+            _replace(module, conv, binary, step, known, layer=sum(layer.binary for layer in found))
             assumed = "" if step.is_two_valued else f"sign(0) is {step.at_zero:g} in the model, here +1"
             found.append(FoundLayer(name, tuple(weight.shape), True, assumed))
     module.graph.eliminate_dead_code()
@@ -141,7 +141,14 @@ def _zeros(module: fx.GraphModule, nodes: set[fx.Node], example: Tensor) -> dict
     return zeros
 
 
-def _replace(module: fx.GraphModule, conv: fx.Node, binary: SignsAndScales, step: Step, layer: int) -> None:
+def _replace(
+    module: fx.GraphModule,
+    conv: fx.Node,
+    binary: SignsAndScales,
+    step: Step,
+    known: Mapping[fx.Node, Tensor],
+    layer: int,
+) -> None:
     operands: tuple[Any, ...] = conv.args
     _, _, bias, stride, padding, dilation, *_ = operands
     scale = binary.scales.view(-1, 1, 1, 1) * step.height
@@ -161,7 +168,9 @@ def _replace(module: fx.GraphModule, conv: fx.Node, binary: SignsAndScales, step
             ones = torch.ones(1, 1, *step.source.meta["val"].shape[2:], device=weight.device)
             rest = F.conv2d(ones, fillers[0], None, stride, padding, dilation)
             result = call(torch.ops.aten.add.Tensor, (result, add_constant(module, "odd_channel", rest)))
-        if bias is not None:
+        if bias is not None and (
+            bias not in known or known[bias].any()
+        ):  # zeros OpenVINO drops, and our name with them
             column = call(torch.ops.aten.view.default, (bias, [-1, 1, 1]))
             result = call(torch.ops.aten.add.Tensor, (result, column))
     conv.replace_all_uses_with(result)
