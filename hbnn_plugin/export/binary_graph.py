@@ -168,9 +168,8 @@ def _replace(
             ones = torch.ones(1, 1, *step.source.meta["val"].shape[2:], device=weight.device)
             rest = F.conv2d(ones, fillers[0], None, stride, padding, dilation)
             result = call(torch.ops.aten.add.Tensor, (result, add_constant(module, "odd_channel", rest)))
-        if bias is not None and (
-            bias not in known or known[bias].any()
-        ):  # zeros OpenVINO drops, and our name with them
+        zeros = bias in known and not known[bias].any()  # OpenVINO drops them, and the layer's name with them
+        if bias is not None and not zeros:
             column = call(torch.ops.aten.view.default, (bias, [-1, 1, 1]))
             result = call(torch.ops.aten.add.Tensor, (result, column))
     conv.replace_all_uses_with(result)
