@@ -1,4 +1,4 @@
-"""What the plugin costs in training: the map alone, whole steps, memory, and how the cost grows.
+"""What the plugin costs in training: the map alone, whole steps, kernels, memory, and how the cost grows.
 
     python examples/benchmark_training.py            # measures what has no line yet; stop and repeat at will
     python examples/benchmark_training.py --report   # tables, from the committed lines alone
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("map", "step", "memory", "growth")
+SECTIONS = ("map", "step", "launches", "memory", "growth")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ share of every batch, so that together they see what one process alone would see
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -128,8 +129,12 @@ class Images:
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Bytes of shape (N, C, H, W) as floats, scaled to [0, 1] and standardised by channel."""
-    scale = [torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (mean, std)]
-    return pixels.float().div_(255).sub_(scale[0]).div_(scale[1])
+    return pixels.float().div_(255).sub_(_by_channel(mean, pixels.device)).div_(_by_channel(std, pixels.device))
+
+
+@cache
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(-1, 1, 1)  # once: a GPU would wait for each copy
 
 
 def count_kept(count: int, share: float) -> int:

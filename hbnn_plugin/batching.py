@@ -42,13 +42,13 @@ def _map_all(model: nn.Module, _: Any) -> None:
         return
     clusters = [epc for epc in _clusters(model) if epc.foresees_its_map]
     for epc, mapped in zip(clusters, exp_maps([epc.map_of(epc.parameter.detach()) for epc in clusters])):
-        epc.mapped = mapped
+        epc.foreseen = epc.parameter, mapped
 
 
 def _forget_all(model: nn.Module, *_: Any) -> None:
     if not traced():
         for epc in _clusters(model):
-            epc.mapped = None
+            epc.foreseen = None
 
 
 def _clusters(model: nn.Module) -> list[Parametrized]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .cluster import INPLACE_SUFFIX
 from .epc import exp_map
+from .passes import scalar_dtype
 from .settings import Settings
 
 __all__ = [
@@ -114,7 +115,8 @@ def mapped(latent: Tensor, state_dict: Mapping[str, Any], inside: str) -> Tensor
     settings = Settings(**{key: value for key, value in layout.items() if key in names})
     radius: float | Tensor = settings.radius
     if settings.relative:
-        radius = radius / state_dict[inside + "scale"].double() ** 2
+        scale = state_dict[inside + "scale"]
+        radius = radius / scale.to(scalar_dtype(scale.device)) ** 2
     point = state_dict[inside + "point"]
     v = latent.detach().reshape(layout["shape"])
     return exp_map(point, v, radius, settings.geometry, tuple(layout["dims"])).reshape(latent.shape)

@@ -26,7 +26,7 @@ from torch import Tensor
 from . import ball
 from .joint_passes import combine_each, inner_products
 from .passes import Dims, combine, inner, largest, may_look, scalar_dtype, traced, working_dtype
-from .scalars import Radius, Slopes, Space, side_by_side
+from .scalars import Radius, Slopes, Space, scalar, side_by_side
 
 __all__ = [
     "Map",
@@ -73,18 +73,18 @@ _GRAM = ((0, 0), (1, 1), (0, 1))
 
 
 def _gram(p: Tensor, v: Tensor, dims: Dims) -> list[Tensor]:
-    """The same three for tools that watch how they arise."""
-    vectors = p, v
-    return [inner(vectors[i], vectors[j], dims, exact=True) for i, j in _GRAM]
+    """The same three, summed in float64, for tools that watch how they arise."""
+    vectors = [x.to(scalar_dtype(x.device)) for x in (p, v)]
+    return [inner(vectors[i], vectors[j], dims) for i, j in _GRAM]
 
 
-def _taming(v: Tensor, dims: Dims) -> Tensor:
-    """A factor t ≤ 1 a point, less than 1 only where ‖v‖² would overflow v's dtype.
+def _taming(size: Tensor) -> Tensor:
+    """A factor t ≤ 1 for a v whose largest coordinate has this size: less than 1 only where ‖v‖² overflows its dtype.
 
     Such a v lies so deep in the map's saturation that EPC(v) and EPC(t·v) are equal to the last digit.
     """
-    limit = 1e15 if v.dtype == torch.float32 else 1e100
-    return (limit / largest(v.detach(), dims)).clamp(max=1.0)
+    limit = 1e15 if size.dtype == torch.float32 else 1e100
+    return (limit / size).clamp(max=1.0)
 
 
 @torch.no_grad()
@@ -139,27 +139,28 @@ def _scalars(maps: Sequence[Map], memory: Sequence[Tensor]) -> tuple[Tensor, lis
     """
     space, shapes, dims = maps[0].space, [m.scalar_shape for m in maps], [m.dims for m in maps]
     sizes = [math.prod(shape) for shape in shapes]
-    wide = scalar_dtype(maps[0].latent.device)
-    gram = torch.empty(3, sum(sizes), dtype=wide, device=maps[0].latent.device)
+    latents, device = [m.latent for m in maps], maps[0].latent.device
+    gram = torch.empty(3, sum(sizes), dtype=scalar_dtype(device), device=device)
     radii = side_by_side([m.radius for m in maps], shapes, gram)
     taming = torch.ones_like(gram[0])
-    careful, latents = [True] * len(maps), [m.latent for m in maps]
-    if may_look(gram):  # whether care is needed
+    hard = list(range(len(maps)))
+    if may_look(gram):  # for whom care is needed
         gram = inner_products([(m.point, m.latent) for m in maps], _GRAM, dims, scratch=memory)
         easy = (gram.abs() < 1e200).all(0) & ~space.delicate(gram[0], radii)
-        careful = [False] * len(maps) if bool(easy.all()) else [not bool(part.all()) for part in easy.split(sizes)]
-    hard = [i for i, care in enumerate(careful) if care]
+        hard = [] if bool(easy.all()) else [i for i, part in enumerate(easy.split(sizes)) if not bool(part.all())]
     if hard:
-        tame = [_taming(latents[i], dims[i]) for i in hard]
-        for i, t in zip(hard, tame):
-            latents[i] = torch.mul(latents[i], t, out=memory[i])
+        counts = [sizes[i] for i in hard]
+        tame = _taming(torch.cat([largest(latents[i], dims[i]).flatten() for i in hard]))
+        for i, t in zip(hard, tame.split(counts)):
+            latents[i] = torch.mul(latents[i], t.reshape(shapes[i]), out=memory[i])
         exact = inner_products([(maps[i].point, latents[i]) for i in hard], _GRAM, [dims[i] for i in hard], exact=True)
         grams, tamings = list(gram.split(sizes, dim=1)), list(taming.split(sizes))
-        for i, t, part in zip(hard, tame, exact.split([sizes[i] for i in hard], dim=1)):
-            grams[i], tamings[i] = part, t.flatten().to(wide)
+        for i, part, t in zip(hard, exact.split(counts, dim=1), tame.to(taming.dtype).split(counts)):
+            grams[i], tamings[i] = part, t
         gram, taming = torch.cat(grams, dim=1), torch.cat(tamings)
     pp, vv, pv = gram
-    return torch.cat([_table(space.exp_slopes(pp, vv, pv, radii)), taming[None]]), careful, latents
+    scalars = torch.cat([_table(space.exp_slopes(pp, vv, pv, radii)), taming[None]])
+    return scalars, [i in hard for i in range(len(maps))], latents
 
 
 _RESULT, _BY_A, _BY_B, _TAMING = slice(0, 2), slice(2, 5), slice(5, 8), 8
@@ -235,8 +236,8 @@ _Exp.forward.__signature__ = inspect.signature(_Exp.forward)  # type: ignore[att
 
 def _exp_plain(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Tensor:
     """The same map in plain torch ops, for tools that trace, and for a gradient to the radius."""
-    v = v * _taming(v, dims)
-    pp, vv, pv = _gram(p, v, dims)  # exact costs nothing where the compiler fuses it
+    v = v * _taming(largest(v.detach(), dims))
+    pp, vv, pv = _gram(p, v, dims)  # float64 costs nothing where the compiler fuses it
     alpha, beta = space.exp(pp, vv, pv, r)
     return combine((alpha, beta), (p, v))
 
@@ -281,8 +282,9 @@ def log_map(p: Tensor, x: Tensor, radius: Radius, space: Space = ball, dims: Dim
     dtype = working_dtype(x.dtype)
     p_work, x_work = p.to(dtype), x.to(dtype)
     difference, total = x_work - p_work, x_work + p_work
-    pairs = ((p_work, p_work), (x_work, x_work), (p_work, x_work), (difference, difference), (total, total))
-    pp, xx, px, dd, ss = (inner(one, other, dims, exact=True) for one, other in pairs)
+    p_wide, x_wide, *others = (t.to(scalar_dtype(x.device)) for t in (p_work, x_work, difference, total))
+    pp, xx, dd, ss = (inner(t, t, dims) for t in (p_wide, x_wide, *others))
+    px = inner(p_wide, x_wide, dims)
     coefficients = space.log(pp, xx, px, dd, ss, radius)
     return combine(coefficients, (p_work, difference, total)).to(x.dtype)
 
@@ -299,5 +301,5 @@ def mobius_scale(t: float | Tensor, x: Tensor, radius: Radius, dims: Dims = (-1,
     r"""t ⊗ x in the ball, [Ganea] Eq. 3, for √r‖x‖ < 1; t is a number or one value a point (size 1 in ``dims``)."""
     x_work = x.to(working_dtype(x.dtype))
     xx = inner(x_work, x_work, dims)
-    factor = ball.mobius_scale(torch.as_tensor(t, dtype=xx.dtype, device=xx.device), xx, radius)
+    factor = ball.mobius_scale(scalar(t, xx), xx, radius)
     return combine((factor,), (x_work,)).to(x.dtype)

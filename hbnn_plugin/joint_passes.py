@@ -18,8 +18,9 @@ from .passes import Dims, covers_rows, inner, lie_alike, rows_of, scalar_dtype
 
 __all__ = ["combine_each", "inner_products"]
 
-_SMALL = 2**16
-"""Up to so many numbers, the calls that are saved by putting a tensor beside others cost more than copying it."""
+_SMALL, _SMALL_ELSEWHERE = 2**16, 2**20
+"""Up to so many numbers, on a CPU and elsewhere, the calls that are saved by putting a tensor beside others cost more
+than copying it. (Measured on CPUs; a GPU copies faster and calls no faster.)"""
 
 
 def inner_products(
@@ -32,19 +33,21 @@ def inner_products(
 ) -> Tensor:
     """:func:`inner` of the ``pairs`` (i, j) of each layer's vectors: (pairs, points), one layer's points after another.
 
-    ``vectors``: for each layer as many tensors of its shape; ``dims`` and ``scratch`` (for None fresh): one a layer.
+    ``vectors``: for each layer as many tensors of its shape; ``dims`` and ``scratch`` (for None fresh): one a layer;
+    ``exact``: sums in float64.
     """
     found: dict[int, Tensor] = {}
     alike: dict[object, list[int]] = defaultdict(list)
     for n, (x, *_) in enumerate(vectors):
-        if x.ndim > 1 and 0 < x.numel() <= _SMALL and covers_rows(dims[n], x.ndim):
+        if x.ndim > 1 and 0 < x.numel() <= (_SMALL if x.is_cpu else _SMALL_ELSEWHERE) and covers_rows(dims[n], x.ndim):
             alike[x.numel() // len(x), x.dtype, x.device].append(n)
         else:
-            memory = scratch[n] if scratch else None
-            if memory is None and not exact:
+            xs, memory = vectors[n], scratch[n] if scratch else None
+            if exact:
+                xs, memory = [x.to(scalar_dtype(x.device)) for x in xs], None
+            elif memory is None:
                 memory = torch.empty_like(x)
-            each = [inner(vectors[n][i], vectors[n][j], dims[n], exact=exact, scratch=memory) for i, j in pairs]
-            found[n] = torch.stack(each).flatten(1)
+            found[n] = torch.stack([inner(xs[i], xs[j], dims[n], scratch=memory) for i, j in pairs]).flatten(1)
     for members in alike.values():
         products = _side_by_side([vectors[n] for n in members], pairs, exact)
         sizes = [len(vectors[n][0]) for n in members]

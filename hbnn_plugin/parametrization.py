@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .cluster import EPC, find
 from .epc import Mapped, exp_map_mapped
-from .passes import recorded, traced
+from .passes import checksum, recorded, traced
 from .sharding import whole
 from .watching import StepWatch
 
@@ -39,7 +39,7 @@ class Parametrized(EPC):
     def __init__(self, weight: Tensor, *args: Any, **kwargs: Any) -> None:
         super().__init__(weight, *args, **kwargs)
         self._bypass = False
-        self.mapped: Mapped | None = None
+        self.foreseen: tuple[Tensor, Mapped] | None = None  # a latent and what the map makes of it
         self._watch = StepWatch()
         self._reads_to_watch = _WATCHED_READS
         self._last_read: tuple[Tensor, float] | None = None
@@ -99,9 +99,9 @@ class Parametrized(EPC):
             return whole(latent)
         if traced():  # which fuses by itself, and would guard on every counter that it meets
             return self.weight_of(latent)
-        mapped, self.mapped = self.mapped, None  # to be read once
-        if mapped is not None and self.owner is not None and latent is self.owner[0].original:
-            weight = exp_map_mapped(self.map_of(latent), mapped).reshape(latent.shape)
+        foreseen, self.foreseen = self.foreseen, None  # to be read once
+        if foreseen is not None and foreseen[0] is latent:
+            weight = exp_map_mapped(self.map_of(latent), foreseen[1]).reshape(latent.shape).to(latent.dtype)
         else:
             weight = self.weight_of(latent)
         if type(latent) is nn.Parameter and not recorded():
@@ -115,15 +115,9 @@ class Parametrized(EPC):
     def foresees_its_map(self) -> bool:
         """Whether the latent that the next read of the weight will see can be told now."""
         latent = self.owner[0].original if self.owner is not None else None
-        # FSDP's shards and functional_call's substitutes are no plain Parameters; under offloading both wait on no
-        # device, and in DataParallel's replicas the latent is the original's, on another one
-        return (
-            type(latent) is nn.Parameter
-            and latent.dtype == self.point.dtype
-            and latent.device == self.point.device
-            and not latent.is_meta
-            and not self._bypass
-        )
+        # FSDP's shards and functional_call's substitutes are no plain Parameters; under offloading the latent is
+        # somewhere else, and in DataParallel's replicas it is the original's, on another device
+        return type(latent) is nn.Parameter and latent.device == self.point.device and not self._bypass
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The latent whose weight is ``weight``; outside the ball, its direction at the edge, with a warning."""
@@ -165,12 +159,9 @@ class Parametrized(EPC):
     def _watch_edits(self, weight: Tensor) -> None:
         """Warn once when somebody has written into the weight that the last read returned, where nobody sees it."""
 
-        def fingerprint(tensor: Tensor) -> float:
-            return float(tensor.double().sum().nan_to_num())
-
         last, self._last_read = self._last_read, None
         self._reads_to_watch -= 1
-        if last is not None and fingerprint(last[0]) != last[1]:
+        if last is not None and checksum(last[0]) != last[1]:
             self._reads_to_watch = 0
             warnings.warn(
                 f"{self.name}: something has written into its weight (such as weight.data.clamp_() after a step), and "
@@ -178,7 +169,7 @@ class Parametrized(EPC):
                 stacklevel=2,
             )
         if self._reads_to_watch:
-            self._last_read = weight.detach(), fingerprint(weight.detach())
+            self._last_read = weight.detach(), checksum(weight)
 
 
 def _lists(module: nn.Module) -> nn.ModuleDict:

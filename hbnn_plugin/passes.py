@@ -8,6 +8,7 @@ passes are made together by :mod:`hbnn_plugin.joint_passes`.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -18,6 +19,7 @@ from torch import Tensor
 
 __all__ = [
     "Dims",
+    "checksum",
     "chosen",
     "combine",
     "covers_rows",
@@ -44,8 +46,9 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
-    """float64 for what is one number a point, but on Apple's GPUs, which have none."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """float64 for what is one number a point, but on Apple's GPUs and some of Intel's, which have none."""
+    lacking = device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
+    return torch.float32 if lacking else torch.float64
 
 
 def may_look(x: Tensor) -> bool:
@@ -56,6 +59,11 @@ def may_look(x: Tensor) -> bool:
 def chosen(items: Sequence[T], flags: Iterable[Tensor]) -> list[T]:
     """The items whose flag, one bool each, is True; where looking at values means waiting, one wait for all."""
     flags = list(flags)
+    if flags and recorded():
+        raise RuntimeError(
+            "in-place mode looks at values in the optimizer's step, which a CUDA graph cannot record: let it record "
+            "forward and backward alone, or apply with mode='parametrize'"
+        )
     values = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
     return [item for item, value in zip(items, values, strict=True) if value]
 
@@ -65,19 +73,22 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
 
 
+def checksum(x: Tensor) -> float:
+    """The sum of all of x, for telling whether it has changed."""
+    return float(x.detach().to(scalar_dtype(x.device)).sum().nan_to_num())
+
+
 def recorded() -> bool:
     """Whether a CUDA graph is being recorded, which looking at a value would end with an error."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def inner(x: Tensor, y: Tensor, dims: Dims, *, exact: bool = False, scratch: Tensor | None = None) -> Tensor:
-    """⟨x, y⟩ over ``dims`` (kept with size 1) as float64, summed in the tensors' dtype or, if ``exact``, in float64.
+def inner(x: Tensor, y: Tensor, dims: Dims, *, scratch: Tensor | None = None) -> Tensor:
+    """⟨x, y⟩ over ``dims`` (kept with size 1) as float64, summed in the tensors' dtype.
 
     The product is written into ``scratch``, if given (autograd must not be watching then).
     """
     wide = scalar_dtype(x.device)
-    if exact:
-        return (x.to(wide) * y.to(wide)).sum(dims, keepdim=True)
     if scratch is None:
         return (x * y).sum(dims, keepdim=True).to(wide)
     if x is y:
@@ -99,6 +110,9 @@ def _square(x: Tensor, dims: Dims, wide: torch.dtype) -> Tensor:
 
 def largest(x: Tensor, dims: Dims) -> Tensor:
     """max |x_i| over ``dims`` (kept with size 1), without a temporary; torch's norm for it is slow on a CPU."""
+    if not x.is_cpu:
+        norm: Tensor = torch.linalg.vector_norm(x, math.inf, dims, keepdim=True)
+        return norm
     high, low = x.amax(dims, keepdim=True), x.amin(dims, keepdim=True)
     return torch.maximum(high, -low).abs()  # not −0, by which one may divide
 

@@ -102,7 +102,7 @@ def _recover_alike(
     """Of one space, device and dtype."""
     vectors = []
     for epc, gradient in zip(clusters, gradients):
-        v, h = (epc.logical(whole(t.detach())).to(epc.point.dtype) for t in (epc.parameter, gradient))
+        v, h = (epc.logical(whole(t.detach())).to(epc.point) for t in (epc.parameter, gradient))
         vectors.append((epc.point, v, h))
     memory = [torch.empty_like(epc.point) for epc in clusters]  # becomes the gradients in the end
     gram = inner_products(vectors, _GRAM, [epc.dims for epc in clusters], scratch=memory)

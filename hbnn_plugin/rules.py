@@ -150,13 +150,15 @@ def _spectral_directions(steps: Sequence[Move]) -> list[_Direction]:
 
 def _accumulate(steps: Sequence[Move]) -> list[Tensor]:
     """The heavy balls, in the coordinates of p, having taken in the gradients where they are known."""
-    momenta = []
-    for step in steps:
-        g, m, mu = step.found.gradient, step.epc.momentum, step.epc.settings.point_momentum
-        assert m is not None
-        if step.found.all_valid:
+    momenta = [m for step in steps if (m := step.epc.momentum) is not None]
+    gradients, mu = [step.found.gradient for step in steps], steps[0].epc.settings.point_momentum
+    if all(step.found.all_valid for step in steps):
+        for m, g in zip(momenta, gradients):
             torch.add(g, m, alpha=mu, out=m)
-        else:  # an unknown gradient reads 0
-            torch.addcmul(g, m, m.new_ones(()).masked_fill(step.found.valid, mu), out=m)
-        momenta.append(m)
+        return momenta
+    valid = torch.cat([step.found.valid.flatten() for step in steps])
+    kept = torch.ones_like(valid, dtype=gradients[0].dtype).masked_fill_(valid, mu)  # an unknown gradient reads 0
+    shapes = [step.found.valid.shape for step in steps]
+    for m, g, part, shape in zip(momenta, gradients, kept.split([step.epc.points for step in steps]), shapes):
+        torch.addcmul(g, m, part.reshape(shape), out=m)
     return momenta

@@ -21,8 +21,13 @@ def side_by_side(values: Sequence[float | Tensor], shapes: Sequence[Sequence[int
     """
     if all(not isinstance(value, Tensor) and value == values[0] for value in values):
         return values[0]
-    wide = (torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in values)
-    return torch.cat([value.expand(*shape).flatten() for value, shape in zip(wide, shapes)])
+    each = (scalar(value, like).expand(*shape).flatten() for value, shape in zip(values, shapes))
+    return torch.cat([*each])
+
+
+def scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor on ``like``'s device and of its dtype, made there: copying it there would wait on a GPU."""
+    return value.to(like) if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 class Slopes(NamedTuple):

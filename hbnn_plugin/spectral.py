@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,23 +34,39 @@ _BLOCK = 64
 
 def orthogonal_factor(matrix: Tensor) -> Tensor:
     """U Vᵀ of a float32 or float64 matrix, or of each in a stack (..., m, n), approximately; zero for a zero matrix."""
-    if matrix.shape[-2] > matrix.shape[-1]:
-        return orthogonal_factor(matrix.mT).mT
-    # ‖G‖² may overflow, or vanish: its largest entry first
-    size = largest(matrix, (-2, -1)).clamp(min=torch.finfo(matrix.dtype).tiny)
-    unit = (matrix / size).reshape(-1, *matrix.shape[-2:])
-    gram = torch.bmm(unit, unit.mT)
-    norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=1e-30).sqrt()
-    gram /= norm * norm
+    (factors,) = _factors([matrix.reshape(-1, *matrix.shape[-2:])])
+    return factors.reshape(matrix.shape)
+
+
+def _factors(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """The factors of each stack of matrices, (count, m, n); Gram matrices of one size are worked on together."""
+    wide = [stack if stack.shape[1] <= stack.shape[2] else stack.mT for stack in stacks]
+    units = []
+    for stack in wide:  # ‖G‖² may overflow, or vanish: its largest entry first
+        size = largest(stack, (1, 2)).clamp(min=torch.finfo(stack.dtype).tiny)
+        units.append(stack / size)
+    grams = [torch.bmm(unit, unit.mT) for unit in units]
+    roots: dict[int, Tensor] = {}
+    for members in _alike((gram.shape[1], gram.dtype, gram.device) for gram in grams):
+        together = _polynomial(torch.cat([grams[i] for i in members]) if len(members) > 1 else grams[members[0]])
+        roots.update(zip(members, together.split([len(grams[i]) for i in members])))
+    found = [torch.bmm(roots[i], unit) for i, unit in enumerate(units)]
+    return [factor if stack is whole else factor.mT for factor, stack, whole in zip(found, wide, stacks)]
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """What the steps make of X₀ is this times G, for the Gram matrices of a stack of G."""
+    norm = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-30).sqrt()
+    gram = gram / (norm * norm)
     a, b, c = _POLYNOMIAL
-    factor = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    factor = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     for step in range(_STEPS):  # all are polynomials in one matrix: they commute
         rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # q(A) − a
         factor = torch.baddbmm(factor, rest, factor, beta=a)
         if step < _STEPS - 1:
             half = torch.baddbmm(gram, rest, gram, beta=a)
             gram = torch.baddbmm(half, half, rest, beta=a)
-    return torch.bmm(factor / norm, unit).reshape(matrix.shape)
+    return factor / norm
 
 
 def _blocks(rows: int, columns: int) -> int:
@@ -63,18 +79,30 @@ def longer_side(rows: int, columns: int) -> int:
 
 
 def orthogonal_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """The factor of each matrix, in blocks of rows if it is large; small ones of one shape are worked out together."""
+    """The factor of each matrix, in blocks of rows if it is large; they are worked out together."""
     stacks = [_in_blocks(matrix) for matrix in matrices]
-    alike: dict[object, list[int]] = defaultdict(list)
-    for i, stack in enumerate(stacks):
-        alike[stack.shape[1:], stack.dtype, stack.device, i if len(stack) > 1 else None].append(i)
+    # On a CPU, putting large matrices side by side costs more than the calls that it saves.
+    groups = _alike(
+        (stack.shape[1:], stack.dtype, stack.device, i if stack.is_cpu and len(stack) > 1 else None)
+        for i, stack in enumerate(stacks)
+    )
+    with contextlib.ExitStack() as without_autocast:  # in a loop that steps inside autocast
+        for device in {stack.device for stack in stacks}:
+            without_autocast.enter_context(_no_autocast(device))
+        together = [torch.cat([stacks[i] for i in group]) if len(group) > 1 else stacks[group[0]] for group in groups]
+        factors = _factors(together)
     found: dict[int, Tensor] = {}
-    for members in alike.values():
-        together = torch.cat([stacks[i] for i in members]) if len(members) > 1 else stacks[members[0]]
-        with _no_autocast(together.device):  # in a loop that steps inside autocast
-            factors = orthogonal_factor(together)
-        found.update(zip(members, factors.split([len(stacks[i]) for i in members])))
+    for group, factor in zip(groups, factors):
+        found.update(zip(group, factor.split([len(stacks[i]) for i in group])))
     return [found[i].flatten(0, 1)[: len(matrix)] for i, matrix in enumerate(matrices)]
+
+
+def _alike(keys: Iterable[object]) -> list[list[int]]:
+    """The places of equal keys, for each key."""
+    found: dict[object, list[int]] = defaultdict(list)
+    for i, key in enumerate(keys):
+        found[key].append(i)
+    return [*found.values()]
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

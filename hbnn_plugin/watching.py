@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .cluster import EPC
+from .passes import checksum
 
 __all__ = ["StepWatch"]
 
@@ -37,7 +38,7 @@ class StepWatch:
         if epc.moves or epc.hooked:
             self._left = 0
             return 0
-        now = float(weight.detach().double().sum())
+        now = checksum(weight)
         self._changes += self._last is not None and now != self._last
         self._left, self._last = self._left - 1, now
         if self._changes < _CHANGES:

@@ -59,7 +59,7 @@ def test_a_forward_maps_every_layer_once_and_leaves_nothing(monkeypatch: pytest.
     monkeypatch.setattr(epc, "_scalars", lambda maps, out: batches.append(len(maps)) or original(maps, out))
     net(images())
     assert batches == [len(BINARY_LAYERS)]
-    assert all(epc.mapped is None for epc in clusters(net))
+    assert all(epc.foreseen is None for epc in clusters(net))
 
 
 def test_edits_that_bump_no_version_are_seen() -> None:
@@ -99,7 +99,7 @@ def test_after_a_forward_that_raised_nothing_mapped_is_left() -> None:
     net = applied()
     with pytest.raises(RuntimeError):
         net(torch.zeros(1, 7, 8, 8))
-    assert all(epc.mapped is None for epc in clusters(net))
+    assert all(epc.foreseen is None for epc in clusters(net))
     for layer in clusters(net):
         layer.parameter.data.mul_(-0.7)
     for name in BINARY_LAYERS:

@@ -53,6 +53,14 @@ def test_outputs_and_bits_come_back(host: Any, made: str, mode: str, tmp_path: P
     assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
 
 
+def test_random_states_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, seeded = trained(HOSTS[0]), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)  # also GPUs that have no part in it
+    before = torch.get_rng_state()
+    save_packed(net, tmp_path / "file")
+    assert torch.equal(torch.get_rng_state(), before) and not seeded
+
+
 @pytest.mark.parametrize("host", PAPER_HOSTS)
 def test_networks_of_the_papers_hosts(host: str, tmp_path: Path) -> None:
     def make(seed: int) -> nn.Module:

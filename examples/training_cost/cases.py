@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from training_cost.launches import measure_launches
 from training_cost.maps import measure_map, one_layer, weights_of
 from training_cost.steps import measure_memory, measure_step
 
@@ -40,6 +43,10 @@ def _step(host: str, arch: str, batch: int, kind: str = "eager") -> Case:
     return Case("step", name, partial(measure_step, host, arch, batch, kind), turns)
 
 
+def _launches(arch: str, dtype: torch.dtype) -> Callable[[int], dict[str, Any]]:
+    return lambda _: measure_launches("irnet", arch, dtype)
+
+
 CASES = [
     Case("map", "2.36 M weights, a point per filter", _map(512), 40),
     Case("map", "2.36 M weights, one point", _map(1), 40),
@@ -55,6 +62,11 @@ CASES = [
     _step("recu", "resnet18", 128),
     *(_step("irnet", arch, 128, "compiled") for arch in ("resnet20", "resnet18")),
     _step("irnet", "resnet20", 128, "bf16"),
+    *(
+        Case("launches", f"irnet {arch}, {kind}", _launches(arch, dtype), 1)
+        for arch in ("resnet20", "resnet18")
+        for kind, dtype in (("float32", torch.float32), ("bf16 weights", torch.bfloat16))
+    ),
     Case("memory", "irnet resnet18 batch 32", lambda _: measure_memory("irnet", "resnet18", 32), 1),
     Case("memory", "irnet resnet20 batch 32", lambda _: measure_memory("irnet", "resnet20", 32), 1),
     *(Case("growth", f"2.36 M weights in {n} point(s)", _map(n, compiled=False), 30) for n in (1, 8, 64, 512)),

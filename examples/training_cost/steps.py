@@ -17,7 +17,7 @@ from measuring import in_turns, median, ratio
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["BARE", "measure_memory", "measure_step"]
+__all__ = ["ARMS", "BARE", "WATCHED", "measure_memory", "measure_step"]
 
 BARE = "bare host"
 ARMS: dict[str, dict[str, Any] | None] = {

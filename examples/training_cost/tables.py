@@ -24,7 +24,13 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
     """All sections, of each case its last line."""
     last = {(line["section"], line["case"]): line for line in lines}
     parts = [_HEAD]
-    for section, table in (("map", _map), ("growth", _map), ("step", _step), ("memory", _memory)):
+    for section, table in (
+        ("map", _map),
+        ("growth", _map),
+        ("step", _step),
+        ("launches", _launches),
+        ("memory", _memory),
+    ):
         found = [line for (name, _), line in last.items() if name == section]
         if found:
             parts += [_TITLES[section], table(found), _machines(found)]
@@ -36,6 +42,8 @@ _TITLES = {
     "map": "## The map alone, forward and backward\n\nThe floor is what copying as many bytes takes as have to move.\n",
     "growth": "## How its cost grows\n",
     "step": "## A training step, as a multiple of the bare host's\n",
+    "launches": "## Operators of a training step that compute something: on a GPU, kernels to launch\n\n"
+    "Forward + backward + optimizer step, counted on torch's meta device, whose tensors have no values.\n",
     "memory": "## Memory beyond the bare host's, in copies of the binary layers' weights\n",
 }
 
@@ -67,6 +75,17 @@ def _step(lines: Sequence[Mapping[str, Any]]) -> str:
         for line in lines
     ]
     return _table(header, rows)
+
+
+def _launches(lines: Sequence[Mapping[str, Any]]) -> str:
+    arms = list(lines[0]["launches"])
+    rows = []
+    for line in lines:
+        counts = {arm: [*passes.values()] for arm, passes in line["launches"].items()}
+        bare, *others = (sum(counts[arm]) for arm in arms)
+        cells = [f"{' + '.join(map(str, counts[arm]))} = {sum(counts[arm])}" for arm in arms]
+        rows.append([line["case"], *cells, *(f"{other / bare:.2f}" for other in others)])
+    return _table(["case", *arms, *(f"{arm} / {arms[0]}" for arm in arms[1:])], rows)
 
 
 def _memory(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -172,7 +172,10 @@ def _output(layer: Selected) -> Any:
     """What the layer makes of a small input."""
     weight = layer.weight
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed GPUs that have no part in this
+        if weight.is_cuda:
+            with torch.cuda.device(weight.device):
+                torch.cuda.manual_seed(0)
         return layer.module.forward(small_input(layer.module, layer.shape, weight))
 
 
