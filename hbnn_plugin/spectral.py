@@ -40,17 +40,18 @@ def orthogonal_factor(matrix: Tensor) -> Tensor:
 
 def _factors(stacks: Sequence[Tensor]) -> list[Tensor]:
     """The factors of each stack of matrices, (count, m, n); Gram matrices of one size are worked on together."""
-    wide = [stack if stack.shape[1] <= stack.shape[2] else stack.mT for stack in stacks]
-    units = []
-    for stack in wide:  # ‖G‖² may overflow, or vanish: its largest entry first
-        size = largest(stack, (1, 2)).clamp(min=torch.finfo(stack.dtype).tiny)
-        units.append(stack / size)
-    grams = [torch.bmm(unit, unit.mT) for unit in units]
-    roots: dict[int, Tensor] = {}
-    for members in _alike((gram.shape[1], gram.dtype, gram.device) for gram in grams):
-        together = _polynomial(torch.cat([grams[i] for i in members]) if len(members) > 1 else grams[members[0]])
-        roots.update(zip(members, together.split([len(grams[i]) for i in members])))
-    found = [torch.bmm(roots[i], unit) for i, unit in enumerate(units)]
+    with contextlib.ExitStack() as without_autocast:  # in a loop that steps inside autocast
+        for device in {stack.device for stack in stacks}:
+            without_autocast.enter_context(_no_autocast(device))
+        wide = [stack if stack.shape[1] <= stack.shape[2] else stack.mT for stack in stacks]
+        # ‖G‖² may overflow, or vanish: its largest entry first
+        units = [stack / largest(stack, (1, 2)).clamp(min=torch.finfo(stack.dtype).tiny) for stack in wide]
+        grams = [torch.bmm(unit, unit.mT) for unit in units]
+        roots: dict[int, Tensor] = {}
+        for members in _alike((gram.shape[1], gram.dtype, gram.device) for gram in grams):
+            together = _polynomial(_joined([grams[i] for i in members]))
+            roots.update(zip(members, together.split([len(grams[i]) for i in members])))
+        found = [torch.bmm(roots[i], unit) for i, unit in enumerate(units)]
     return [factor if stack is whole else factor.mT for factor, stack, whole in zip(found, wide, stacks)]
 
 
@@ -81,20 +82,19 @@ def longer_side(rows: int, columns: int) -> int:
 def orthogonal_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
     """The factor of each matrix, in blocks of rows if it is large; they are worked out together."""
     stacks = [_in_blocks(matrix) for matrix in matrices]
-    # On a CPU, putting large matrices side by side costs more than the calls that it saves.
-    groups = _alike(
-        (stack.shape[1:], stack.dtype, stack.device, i if stack.is_cpu and len(stack) > 1 else None)
-        for i, stack in enumerate(stacks)
-    )
-    with contextlib.ExitStack() as without_autocast:  # in a loop that steps inside autocast
-        for device in {stack.device for stack in stacks}:
-            without_autocast.enter_context(_no_autocast(device))
-        together = [torch.cat([stacks[i] for i in group]) if len(group) > 1 else stacks[group[0]] for group in groups]
-        factors = _factors(together)
+    # On a CPU each large one by itself: fresh memory for several costs more than the calls that it saves.
+    large = [stack.is_cpu and len(stack) > 1 for stack in stacks]
+    groups = _alike((stack.shape, stack.dtype, stack.device, i if large[i] else None) for i, stack in enumerate(stacks))
+    alone = [[group] for group in groups if large[group[0]]]
     found: dict[int, Tensor] = {}
-    for group, factor in zip(groups, factors):
-        found.update(zip(group, factor.split([len(stacks[i]) for i in group])))
+    for together in ([group for group in groups if not large[group[0]]], *alone):
+        for group, factors in zip(together, _factors([_joined([stacks[i] for i in group]) for group in together])):
+            found.update(zip(group, factors.split([len(stacks[i]) for i in group])))
     return [found[i].flatten(0, 1)[: len(matrix)] for i, matrix in enumerate(matrices)]
+
+
+def _joined(stacks: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*stacks]) if len(stacks) > 1 else stacks[0]
 
 
 def _alike(keys: Iterable[object]) -> list[list[int]]:
