@@ -84,7 +84,9 @@ def orthogonal_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
     stacks = [_in_blocks(matrix) for matrix in matrices]
     # On a CPU each large one by itself: fresh memory for several costs more than the calls that it saves.
     large = [stack.is_cpu and len(stack) > 1 for stack in stacks]
-    groups = _alike((stack.shape, stack.dtype, stack.device, i if large[i] else None) for i, stack in enumerate(stacks))
+    groups = _alike(
+        (stack.shape[1:], stack.dtype, stack.device, i if large[i] else None) for i, stack in enumerate(stacks)
+    )
     alone = [[group] for group in groups if large[group[0]]]
     found: dict[int, Tensor] = {}
     for together in ([group for group in groups if not large[group[0]]], *alone):
