@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from . import ball
 from .joint_passes import combine_each, inner_products
-from .passes import Dims, combine, inner, largest, may_look, scalar_dtype, traced, working_dtype
+from .passes import Dims, combine, inner, largest, may_look, places_of_equals, scalar_dtype, traced, working_dtype
 from .scalars import Radius, Slopes, Space, scalar, side_by_side
 
 __all__ = [
@@ -126,10 +125,7 @@ def pull_back(maps: Sequence[Map], upstreams: Sequence[Tensor]) -> list[Tensor]:
 
 def _alike(maps: Sequence[Map]) -> list[list[int]]:
     """The maps that share space, device and dtype."""
-    found: dict[object, list[int]] = defaultdict(list)
-    for i, m in enumerate(maps):
-        found[id(m.space), m.latent.device, m.latent.dtype].append(i)
-    return list(found.values())
+    return places_of_equals((id(m.space), m.latent.device, m.latent.dtype) for m in maps)
 
 
 def _scalars(maps: Sequence[Map], memory: Sequence[Tensor]) -> tuple[Tensor, list[bool], list[Tensor]]:

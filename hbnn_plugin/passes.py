@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TypeVar
@@ -27,6 +28,7 @@ __all__ = [
     "largest",
     "lie_alike",
     "may_look",
+    "places_of_equals",
     "recorded",
     "rows_of",
     "scalar_dtype",
@@ -71,6 +73,14 @@ def chosen(items: Sequence[T], flags: Iterable[Tensor]) -> list[T]:
 def traced() -> bool:
     """Whether torch.compile, torch.export or torch.jit.trace is looking: then plain operations, and nothing kept."""
     return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
+
+
+def places_of_equals(keys: Iterable[object]) -> list[list[int]]:
+    """For each key, where among all it stands: what is alike is worked on together."""
+    found: dict[object, list[int]] = defaultdict(list)
+    for i, key in enumerate(keys):
+        found[key].append(i)
+    return [*found.values()]
 
 
 def checksum(x: Tensor) -> float:

@@ -150,7 +150,7 @@ def _spectral_directions(steps: Sequence[Move]) -> list[_Direction]:
 
 def _accumulate(steps: Sequence[Move]) -> list[Tensor]:
     """The heavy balls, in the coordinates of p, having taken in the gradients where they are known."""
-    momenta = [m for step in steps if (m := step.epc.momentum) is not None]
+    momenta = [m for step in steps if (m := step.epc.momentum) is not None]  # all have one: they share the setting
     gradients, mu = [step.found.gradient for step in steps], steps[0].epc.settings.point_momentum
     if all(step.found.all_valid for step in steps):
         for m, g in zip(momenta, gradients):

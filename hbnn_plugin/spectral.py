@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .passes import largest
+from .passes import largest, places_of_equals
 
 __all__ = ["longer_side", "orthogonal_factor", "orthogonal_factors"]
 
@@ -48,7 +47,7 @@ def _factors(stacks: Sequence[Tensor]) -> list[Tensor]:
         units = [stack / largest(stack, (1, 2)).clamp(min=torch.finfo(stack.dtype).tiny) for stack in wide]
         grams = [torch.bmm(unit, unit.mT) for unit in units]
         roots: dict[int, Tensor] = {}
-        for members in _alike((gram.shape[1], gram.dtype, gram.device) for gram in grams):
+        for members in places_of_equals((gram.shape[1], gram.dtype, gram.device) for gram in grams):
             together = _polynomial(_joined([grams[i] for i in members]))
             roots.update(zip(members, together.split([len(grams[i]) for i in members])))
         found = [torch.bmm(roots[i], unit) for i, unit in enumerate(units)]
@@ -84,7 +83,7 @@ def orthogonal_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
     stacks = [_in_blocks(matrix) for matrix in matrices]
     # On a CPU each large one by itself: fresh memory for several costs more than the calls that it saves.
     large = [stack.is_cpu and len(stack) > 1 for stack in stacks]
-    groups = _alike(
+    groups = places_of_equals(
         (stack.shape[1:], stack.dtype, stack.device, i if large[i] else None) for i, stack in enumerate(stacks)
     )
     alone = [[group] for group in groups if large[group[0]]]
@@ -97,14 +96,6 @@ def orthogonal_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 def _joined(stacks: Sequence[Tensor]) -> Tensor:
     return torch.cat([*stacks]) if len(stacks) > 1 else stacks[0]
-
-
-def _alike(keys: Iterable[object]) -> list[list[int]]:
-    """The places of equal keys, for each key."""
-    found: dict[object, list[int]] = defaultdict(list)
-    for i, key in enumerate(keys):
-        found[key].append(i)
-    return [*found.values()]
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -59,7 +59,7 @@ def _launches(host_name: str, arch: str, options: dict[str, Any] | None, dtype: 
         for _ in range(WATCHED):
             model(torch.randn(2, 3, 8, 8))
     model(torch.randn(2, 3, 8, 8)).sum().backward()
-    optimizer.step()
+    optimizer.step()  # points that have moved are watched no more
     model.to("meta", dtype).zero_grad()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, foreach=True)
     images = torch.empty(8, 3, 32, 32, device="meta", dtype=dtype)
