@@ -43,6 +43,9 @@ class World:
     def close(self) -> None:
         """Leave the other processes, at the end."""
         if distributed.is_initialized():
+            # Gloo's threads may still have to free the tensors of the last collective, for which they need the GIL:
+            # torch 2.4 waits for them holding it, for ever; an interpreter that ends meanwhile aborts.
+            distributed.barrier()
             distributed.destroy_process_group()
 
     def share(self, start: int, stop: int) -> slice:

@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run_together(comparison, args.data, path, args.runs, world)
             else:
                 run_missing(comparison, args.data, path, args.runs, args.jobs)
+            world.close()
             if surfaces and world.rank == 0:
                 run_surfaces(study, Lines(ledger.read(path)), args.data, surfaces, args.runs)
-            world.close()
     except (ValueError, OSError) as error:
         sys.exit(f"reproduce.py: {error}")
 

@@ -85,6 +85,7 @@ def main(out: Path) -> None:
         set_state_dict(again, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         steps(again, 2, 2, optimizer)
         torch.save(result(again), out / f"resumed{i}-{rank}.pt")
+    torch.distributed.barrier()  # see World.close in examples/distributed.py
     torch.distributed.destroy_process_group()
 
 

@@ -78,7 +78,9 @@ def folder(tmp_path: Path) -> Path:
         (place / "convs.py").write_text(CONV)
     (tmp_path / "train.py").write_text(SCRIPT.format(imported="convs", wrap="", rank=""))
     (tmp_path / "package" / "train.py").write_text(SCRIPT.format(imported=".convs", wrap="", rank=""))
-    parallel = SCRIPT.format(imported="convs", wrap=DDP, rank="-RANK").replace('"last-RANK.pth"', 'f"last{rank}.pth"')
+    parallel = SCRIPT.format(imported="convs", wrap=DDP, rank="-RANK")
+    # the barrier: see World.close in examples/distributed.py
+    parallel = parallel.replace('"last-RANK.pth")', 'f"last{rank}.pth")\n    torch.distributed.barrier()')
     (tmp_path / "parallel.py").write_text(parallel.replace('torch.save({"', 'rank == "0" and torch.save({"'))
     return tmp_path
 
