@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbnn_plugin.spectral import orthogonal_factors
+from hbnn_plugin.geometry.spectral import orthogonal_factors
 
 __all__ = ["Muon"]
 

@@ -5,18 +5,18 @@ a point that moves during training (Hyperbolic Binary Neural Network, arXiv 2501
 is.
 """
 
-from . import ball, sphere
-from .checkpoint import plain_state_dict
-from .counting import Complexity, Cost, LayerComplexity, complexity
-from .diagnostics import ClusterReport, LayerClusters, cluster_report
-from .epc import exp_map, log_map, mobius_add, mobius_scale
-from .flips import FlipRatio, flip_ratio
-from .fusing import fuse
-from .optim import ClusterAdam, ClusterAdamW, ClusterSGD
-from .planning import Plan
-from .retrofit import apply, plan
-from .selection import binary_convolutions, by_class, by_name
-from .stepping import step_points
+from .diagnostics.clusters import ClusterReport, LayerClusters, cluster_report
+from .diagnostics.flips import FlipRatio, flip_ratio
+from .export.counting import Complexity, Cost, LayerComplexity, complexity
+from .geometry import ball, sphere
+from .geometry.exponential import exp_map, log_map, mobius_add, mobius_scale
+from .host.selection import binary_convolutions, by_class, by_name
+from .optimizer.cluster_optimizers import ClusterAdam, ClusterAdamW, ClusterSGD
+from .optimizer.stepping import step_points
+from .retrofit.apply import apply, plan
+from .retrofit.checkpoint import plain_state_dict
+from .retrofit.fusing import fuse
+from .retrofit.planning import Plan
 from .version import __version__ as __version__
 
 __all__ = [

@@ -1,9 +1,9 @@
-"""``python -m hbnn_plugin``: see :mod:`hbnn_plugin.launcher`."""
+"""``python -m hbnn_plugin``: see ``launcher/command.py``."""
 
 import sys
 import traceback
 
-from .launcher import main
+from .launcher.command import main
 
 if __name__ == "__main__":
     try:

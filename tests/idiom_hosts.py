@@ -1,7 +1,7 @@
 """Tiny hosts that do to their weight, class and optimizer what public codebases do, each with its own training step.
 
-They are written from what those codebases do, in our words; the first table of shared/pitfalls.md names the idioms. A
-codebase that clamps at 1 clamps here at ``BOUND``, which the small weights of a tiny network do reach.
+They are written from what those codebases do, in our words. A codebase that clamps at 1 clamps here at ``BOUND``, which
+the small weights of a tiny network do reach.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 import hbnn_plugin
+from hbnn_plugin.host.selection import Predicate
 from tiny_hosts import HardBinaryConv, HostConv, ScaledConv, loss_of, ste_sign, tiny_net
 
 BOUND = 0.1
@@ -27,7 +28,7 @@ class Host:
     """A network and the training of its codebase: made, then applied or not, then ``ready``, then stepped."""
 
     conv: ClassVar[Callable[..., nn.Module]] = ScaledConv
-    where: ClassVar[hbnn_plugin.selection.Predicate | None] = None
+    where: ClassVar[Predicate | None] = None
 
     def __init__(self) -> None:
         self.net = tiny_net(self.conv, dtype=torch.float64)

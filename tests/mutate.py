@@ -17,18 +17,18 @@ TESTS = ("tests/test_map.py", "tests/test_map_torch.py")
 
 MUTATIONS = [
     (
-        "ball.py",
+        "geometry/ball.py",
         "more, beta, per_d = b * theta_squared / d,",
         "more, beta, per_d = theta_squared / d,",
         "forward: B left out of α",
     ),
-    ("ball.py", "beta_q=-beta * d_q * per_d,", "beta_q=beta * d_q * per_d,", "backward: sign of ∂β/∂Q"),
-    ("ball.py", "k_v = st * c", "k_v = t * t * c", "backward: slope of tanh² near the edge"),
-    ("ball.py", "series_w = 2 / 3 +", "series_w = 1 / 3 +", "backward: the series near v = 0"),
-    ("ball.py", "return -room_p * ratio", "return room_p * ratio", "inverse: sign of p's coefficient"),
-    ("sphere.py", "alpha=cos - s * rq,", "alpha=cos + s * rq,", "sphere: v's radial part added, not removed"),
-    ("epc.py", "2 * k.alpha_v", "k.alpha_v", "backward: a factor 2"),
-    ("passes.py", "torch.float64) else torch.float32", "torch.float64) else dtype", "half precision inside"),
+    ("geometry/ball.py", "beta_q=-beta * d_q * per_d,", "beta_q=beta * d_q * per_d,", "backward: sign of ∂β/∂Q"),
+    ("geometry/ball.py", "k_v = st * c", "k_v = t * t * c", "backward: slope of tanh² near the edge"),
+    ("geometry/ball.py", "series_w = 2 / 3 +", "series_w = 1 / 3 +", "backward: the series near v = 0"),
+    ("geometry/ball.py", "return -room_p * ratio", "return room_p * ratio", "inverse: sign of p's coefficient"),
+    ("geometry/sphere.py", "alpha=cos - s * rq,", "alpha=cos + s * rq,", "sphere: v's radial part added, not removed"),
+    ("geometry/exponential.py", "2 * k.alpha_v", "k.alpha_v", "backward: a factor 2"),
+    ("geometry/passes.py", "torch.float64) else torch.float32", "torch.float64) else dtype", "half precision inside"),
 ]
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from hbnn_plugin.capture import binary_weights
 from hbnn_plugin.export import load_packed
+from hbnn_plugin.export.capture import binary_weights
 from tiny_hosts import (
     same_state,
     state,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import hbnn_plugin
-from hbnn_plugin.cluster import find
-from hbnn_plugin.parametrization import Parametrized
+from hbnn_plugin.cluster.epc import find
+from hbnn_plugin.cluster.parametrization import Parametrized
 from tiny_hosts import BINARY_LAYERS, SmoothConv, tiny_net
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*two-valued")
@@ -52,11 +52,11 @@ def test_output_and_gradients_are_those_of_single_layers(space: str, per: str) -
 
 
 def test_a_forward_maps_every_layer_once_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hbnn_plugin import epc  # noqa: PLC0415
+    from hbnn_plugin.geometry import exponential  # noqa: PLC0415
 
     net, batches = applied(), []
-    original = epc._scalars
-    monkeypatch.setattr(epc, "_scalars", lambda maps, out: batches.append(len(maps)) or original(maps, out))
+    original = exponential._scalars
+    monkeypatch.setattr(exponential, "_scalars", lambda maps, out: batches.append(len(maps)) or original(maps, out))
     net(images())
     assert batches == [len(BINARY_LAYERS)]
     assert all(epc.foreseen is None for epc in clusters(net))
@@ -107,13 +107,13 @@ def test_after_a_forward_that_raised_nothing_mapped_is_left() -> None:
 
 
 def test_applied_twice_to_one_model_each_map_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hbnn_plugin import epc  # noqa: PLC0415
+    from hbnn_plugin.geometry import exponential  # noqa: PLC0415
 
     net, batches = tiny_net(SmoothConv), []
     for name in BINARY_LAYERS:
         hbnn_plugin.apply(net, mode="parametrize", where=hbnn_plugin.by_name(name))
-    original = epc._scalars
-    monkeypatch.setattr(epc, "_scalars", lambda maps, out: batches.append(len(maps)) or original(maps, out))
+    original = exponential._scalars
+    monkeypatch.setattr(exponential, "_scalars", lambda maps, out: batches.append(len(maps)) or original(maps, out))
     net(images())
     assert batches == [len(BINARY_LAYERS)]
     hbnn_plugin.fuse(net)

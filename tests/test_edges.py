@@ -13,7 +13,7 @@ from torch import nn
 
 import hbnn_plugin
 from hbnn_plugin import exp_map
-from hbnn_plugin.cluster import find
+from hbnn_plugin.cluster.epc import find
 from tiny_hosts import IrConv, ScaledConv, TinyNet, tiny_net
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam, Optimizer
 
-from hbnn_plugin.hooking import _CELL, _WRAPPER
+from hbnn_plugin.optimizer.hooking import _CELL, _WRAPPER
 from tiny_hosts import SmoothConv, clusters, loss_of, same_state, state
 from training_helpers import F64, applied, closure_of, steps
 

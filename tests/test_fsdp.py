@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import hbnn_plugin
-from hbnn_plugin.sharding import whole
+from hbnn_plugin.host.sharding import whole
 from tiny_hosts import IrConv, TinyNet, clusters, latents, loss_of, tiny_net
 from torch_version import since
 

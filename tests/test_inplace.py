@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from torch.optim import SGD, Adam
 
 import hbnn_plugin
-from hbnn_plugin.ball import MARGIN
+from hbnn_plugin.geometry.ball import MARGIN
 from inplace_nets import mapped, smooth
 from tiny_hosts import (
     HardBinaryConv,

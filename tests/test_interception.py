@@ -18,10 +18,10 @@ from torch.nn.parallel import DataParallel
 from torch.optim import SGD, Adam
 
 import hbnn_plugin
-from hbnn_plugin.cluster import find
-from hbnn_plugin.inplace import InPlace
-from hbnn_plugin.interception import Interception
-from hbnn_plugin.selection import by_name
+from hbnn_plugin.cluster.epc import find
+from hbnn_plugin.cluster.inplace import InPlace
+from hbnn_plugin.host.selection import by_name
+from hbnn_plugin.launcher.interception import Interception
 from tiny_hosts import IrConv, TinyNet, clusters, points, tiny_net, train
 from torch_version import TORCH
 

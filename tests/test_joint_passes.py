@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hbnn_plugin import ball, joint_passes, sphere
-from hbnn_plugin.epc import Map, exp_map, exp_map_mapped, exp_maps, pull_back
-from hbnn_plugin.joint_passes import combine_each, inner_products
+from hbnn_plugin import ball, sphere
+from hbnn_plugin.geometry import joint_passes
+from hbnn_plugin.geometry.exponential import Map, exp_map, exp_map_mapped, exp_maps, pull_back
+from hbnn_plugin.geometry.joint_passes import combine_each, inner_products
 from map_points import inside, on_sphere
 
 FILTER, LAYER, UNIT = (1, 2, 3), (0, 1, 2, 3), (0, 2, 3)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hbnn_plugin import launcher
+from hbnn_plugin.launcher.command import main
 
 SCRIPT = """
 import argparse
@@ -171,7 +171,7 @@ def test_bad_arguments_are_one_message_before_anything_runs(
 ) -> None:
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit) as ended:
-        launcher.main(arguments)
+        main(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not (folder / "last.pth").exists()
@@ -184,7 +184,7 @@ def test_a_script_without_a_binary_network_is_left_alone(
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    launcher.main(["plain.py"])
+    main(["plain.py"])
     assert "nothing was applied" in capsys.readouterr().err
 
 
@@ -194,7 +194,7 @@ def test_an_option_out_of_range_ends_it_before_the_script_begins(
     script = tmp_path / "train.py"
     script.write_text("raise AssertionError('it began')")
     with pytest.raises(SystemExit):
-        launcher.main(["--radius", "-1", str(script)])
+        main(["--radius", "-1", str(script)])
     assert "radius" in capsys.readouterr().err
 
 
@@ -207,7 +207,7 @@ def test_a_report_stays_where_it_was_asked_for(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", sys.argv)
-    launcher.main(["--report", "flips", str(script)])
+    main(["--report", "flips", str(script)])
     assert (tmp_path / "flips" / "flips.txt").is_file()
 
 
@@ -218,6 +218,6 @@ def test_processes_out_of_reach_are_told_of(
     script.write_text("import torch.multiprocessing as mp\nmp.spawn(print, nprocs=0)")
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", sys.argv)
-    launcher.main([str(script)])
+    main([str(script)])
     said = capsys.readouterr().err
     assert "spawn starts processes that this launcher does not reach" in said and "nothing was applied" in said

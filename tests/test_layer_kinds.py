@@ -14,7 +14,7 @@ from torch.optim import SGD
 
 import hbnn_plugin
 from hbnn_plugin import by_class
-from hbnn_plugin.cluster import find
+from hbnn_plugin.cluster.epc import find
 from tiny_hosts import (
     HardBinaryConv,
     HostConv,

@@ -16,7 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hbnn_plugin
-from hbnn_plugin import checkpoint, cluster, epc, inplace, joint_passes, passes, recovery
+from hbnn_plugin.cluster import epc, inplace
+from hbnn_plugin.geometry import exponential, joint_passes, passes
+from hbnn_plugin.optimizer import recovery
+from hbnn_plugin.retrofit import checkpoint
 from tiny_hosts import IrConv, SmoothConv, TinyNet, batch, train
 from training_helpers import OPTIMIZERS, applied
 
@@ -95,9 +98,9 @@ class NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("mode", ["parametrize", "inplace"])
 @pytest.mark.parametrize("rule", ["spectral", "mobius"])
 def test_where_there_is_no_float64(rule: str, mode: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (passes, epc, joint_passes, cluster, checkpoint):
+    for module in (passes, exponential, joint_passes, epc, checkpoint):
         monkeypatch.setattr(module, "scalar_dtype", lambda device: torch.float32)
-    for module in (epc, recovery):
+    for module in (exponential, recovery):
         monkeypatch.setattr(module, "may_look", lambda x: False)
     data = [batch(i) for i in range(3)]
     with NoFloat64():

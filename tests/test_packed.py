@@ -15,8 +15,8 @@ import hbnn_plugin
 import idiom_hosts
 from full_precision_nets import BINARIZED, both, resnet
 from hbnn_plugin import by_class, by_name
-from hbnn_plugin.capture import binary_weights
 from hbnn_plugin.export import load_packed, save_packed
+from hbnn_plugin.export.capture import binary_weights
 from hosts import HOSTS as PAPER_HOSTS
 from hosts import get_host
 from hosts.networks import resnet8

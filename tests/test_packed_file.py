@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import hbnn_plugin
-from hbnn_plugin.capture import binary_weights
-from hbnn_plugin.convolved import unpack_bits
 from hbnn_plugin.export import save_packed
+from hbnn_plugin.export.capture import binary_weights
+from hbnn_plugin.host.convolved import unpack_bits
 from packed_files import header, stored
 from tiny_hosts import ScaledConv, tiny_net
 from training_helpers import trained
@@ -58,9 +58,9 @@ def test_safetensors_is_optional(tmp_path: Path) -> None:
         "import sys\n"
         "optional = 'safetensors openvino onnx onnxruntime onnxscript matplotlib'.split()\n"
         "sys.modules.update(dict.fromkeys(optional))\n"
-        "import torch, hbnn_plugin.counting, hbnn_plugin.export\n"
+        "import torch, hbnn_plugin.export\n"
         "layer = torch.nn.Linear(3, 2)\n"
-        "print(hbnn_plugin.counting.complexity(layer, (3,)).paper.ops)\n"
+        "print(hbnn_plugin.complexity(layer, (3,)).paper.ops)\n"
         "try: hbnn_plugin.export.load_packed('file', layer)\n"
         "except ImportError as error: print(error)"
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hbnn_plugin import passes
+from hbnn_plugin.geometry import passes
 
 SHAPE = (96, 320, 3, 3)
 FILTER, LAYER, UNIT = (1, 2, 3), (0, 1, 2, 3), (0, 2, 3)

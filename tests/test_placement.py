@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD
 
 import hbnn_plugin
-from hbnn_plugin.cluster import EPC
+from hbnn_plugin.cluster.epc import EPC
 from tiny_hosts import (
     BINARY_LAYERS,
     IrConv,

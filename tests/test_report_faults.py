@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hbnn_plugin.report import write_report
+from hbnn_plugin.launcher.report import write_report
 from tiny_hosts import tiny_net
 from training_helpers import Trap, applied, saved, trained
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import hbnn_plugin
 from geoopt_loop import newton_schulz
-from hbnn_plugin.cluster import find
-from hbnn_plugin.epc import exp_map
-from hbnn_plugin.spectral import orthogonal_factor, orthogonal_factors
+from hbnn_plugin.cluster.epc import find
+from hbnn_plugin.geometry.exponential import exp_map
+from hbnn_plugin.geometry.spectral import orthogonal_factor, orthogonal_factors
 from tiny_hosts import SmoothConv, loss_of, same_state, state
 from training_helpers import applied
 

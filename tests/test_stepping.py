@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import ASGD, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 import hbnn_plugin
-from hbnn_plugin.recovery import recover
+from hbnn_plugin.optimizer.recovery import recover
 from inplace_nets import agree, smooth
 from tiny_hosts import (
     BINARY_LAYERS,

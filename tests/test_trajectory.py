@@ -9,7 +9,7 @@ from torch import nn
 
 import hbnn_plugin
 from geoopt_loop import train_with_geoopt
-from hbnn_plugin.cluster import find
+from hbnn_plugin.cluster.epc import find
 from hosts import get_host
 from hosts.networks import resnet8
 from tiny_hosts import SmoothConv, TinyNet

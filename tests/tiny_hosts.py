@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hbnn_plugin.cluster import EPC, find
-from hbnn_plugin.inplace import InPlace
+from hbnn_plugin.cluster.epc import EPC, find
+from hbnn_plugin.cluster.inplace import InPlace
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import hbnn_plugin
-from hbnn_plugin import ball, epc
+from hbnn_plugin import ball
+from hbnn_plugin.geometry.exponential import Map, exp_map_mapped, exp_maps
 from hosts import binary_layers, get_host
 from hosts.networks import NETWORKS
 from measuring import in_turns, median, ratio
@@ -88,8 +89,8 @@ def measure_map(layers: Sequence[Weights], turns: int, compiled: bool = True) ->
 
     def plugin() -> Sequence[Tensor]:
         """As in a model's forward: all layers together."""
-        maps = [epc.Map(w.point, w.latent, RADIUS, ball, w.dims) for w in layers]
-        return [epc.exp_map_mapped(*pair) for pair in zip(maps, epc.exp_maps(maps), strict=True)]
+        maps = [Map(w.point, w.latent, RADIUS, ball, w.dims) for w in layers]
+        return [exp_map_mapped(*pair) for pair in zip(maps, exp_maps(maps), strict=True)]
 
     def floor() -> None:
         for w in layers:  # two fresh tensors at a time, as a map's result and its gradient are

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..capture import unwrapped
-from ..selection import binary_convolutions
+from ..host.selection import binary_convolutions
+from .capture import unwrapped
 from .folding import Folded, SignsAndScales, add_constant, constants, convolutions, signs_and_scales
 from .steps import Step, find_step
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import beside
 from ..version import __version__
+from .files import beside
 
 __all__ = ["BIT_ORDER", "FORMAT", "Contents", "PackedLayer", "read", "write"]
 

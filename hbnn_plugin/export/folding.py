@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from ..capture import plain_copy, scales_of
-from ..convolved import CONVOLUTIONS
-from ..running import follow
+from ..host.convolved import CONVOLUTIONS
+from ..host.running import follow
+from .capture import plain_copy, scales_of
 
 __all__ = ["Folded", "SignsAndScales", "add_constant", "constants", "convolutions", "fold", "signs_and_scales"]
 

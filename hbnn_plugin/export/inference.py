@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..convolved import CONVOLUTIONS, edits_its_weight
-from ..selection import Selected
+from ..host.convolved import CONVOLUTIONS, edits_its_weight
+from ..host.selection import Selected
 
 __all__ = ["hold", "is_held", "release"]
 

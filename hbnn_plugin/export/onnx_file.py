@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ..files import beside
 from .agreement import Agreement, agreement
+from .files import beside
 from .folding import Folded, add_constant, constants, convolutions, fold, signs_and_scales
 
 __all__ = ["to_onnx"]

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..capture import binary_weights, cluster_settings, plain_copy, unwrapped
-from ..convolved import convolved_weight, small_input
-from ..selection import Predicate, Selected, own_class, select
+from ..host.convolved import convolved_weight, small_input
+from ..host.selection import Predicate, Selected, own_class, select
+from .capture import binary_weights, cluster_settings, plain_copy, unwrapped
 from .container import PackedLayer, read, write
 from .inference import hold, is_held, release
 from .packing import no_values, pack, ties, unpack
@@ -35,7 +35,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], where: Predicate
         model: applied, in either mode, fused, or never applied; on any device.
         path: of the file; conventionally it ends in ``.safetensors``.
         where: predicate ``(module, qualified_name) -> bool`` that names the binary layers; for the default see
-            :func:`hbnn_plugin.capture.binary_weights`.
+            :func:`hbnn_plugin.export.capture.binary_weights`.
 
     Raises:
         TypeError: ``model`` is no module.

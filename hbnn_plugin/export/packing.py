@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..capture import BinaryWeight, signed
-from ..convolved import pack_bits, unpack_bits
-from ..selection import own_class
-from ..settings import Settings
+from ..cluster.settings import Settings
+from ..host.convolved import pack_bits, unpack_bits
+from ..host.selection import own_class
+from .capture import BinaryWeight, signed
 from .container import Contents, PackedLayer
 
 __all__ = ["no_values", "pack", "ties", "unpack"]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..convolved import pack_bits
-from ..tables import table
+from ..diagnostics.tables import table
+from ..host.convolved import pack_bits
 from .agreement import Agreement, agreement
 from .binary_graph import OPERATOR, binarize
 from .folding import fold

@@ -1,0 +1,250 @@
+"""In-place mode: the host keeps its own weight, class, keys and graph, and only an optimizer's step sees the latent.
+
+Outside of a step the host's weight holds x = exp_p(v), and the host may do to it what it likes. During a step, from
+:func:`enter` to :func:`leave`, it holds v and the gradient of v, for the user's optimizer to act on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..geometry.exponential import Map, exp_maps, pull_back
+from ..geometry.passes import chosen, recorded, traced
+from ..host.sharding import is_sharded, sharded_like, whole
+from .epc import EPC, INPLACE_SUFFIX
+from .watching import StepWatch
+
+__all__ = ["InPlace", "edited", "enter", "leave"]
+
+_SAME = 8.0
+"""A weight within so many roundings of the mapped one is the mapped one: computed elsewhere it rounds otherwise."""
+
+
+def edited(weight: Tensor, mapped: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """One bool a point: whether its weights are not the mapped ones. A NaN is an edit too."""
+    apart, size = ((weight - mapped).abs().amax(dims, keepdim=True), mapped.abs().amax(dims, keepdim=True))
+    return ~(apart <= _SAME * torch.finfo(weight.dtype).eps * size)
+
+
+class InPlace(EPC):
+    """The cluster of a weight that stays the host's own Parameter.
+
+    Buffers, besides those of :class:`EPC`:
+        latent: v, of the weight's shape and dtype. (While an optimizer steps, the weight itself holds it.)
+    """
+
+    latent: Tensor
+    host: tuple[nn.Module, str] | None = None  # in a tuple, so that it is not taken for a submodule
+
+    def __init__(self, weight: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().__init__(weight, *args, **kwargs)
+        self.register_buffer("latent", self.latent_of(weight.detach())[0])
+        self.upstream: Tensor | None = None
+        self.written: Tensor | None = None
+        self.swapped = False
+        self.may_warn = self.settings.space == "ball"
+        self._lost = False
+        self._watch = StepWatch()
+        self._watching: RemovableHandle | None = None
+
+    @property
+    def registered(self) -> bool:
+        """Whether this cluster sits in a host that still has the weight."""
+        if self.host is None:
+            return False
+        module, tensor_name = self.host
+        there = module._parameters.get(tensor_name) is not None
+        if not there and not self._lost:
+            self._lost = True
+            warnings.warn(
+                f"{self.name}: the layer has no Parameter {tensor_name!r} any more (pruned or parametrized after "
+                "apply?) and trains without its point from here on. Call hbnn_plugin.fuse before such a change.",
+                stacklevel=2,
+            )
+        return there
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The host's weight."""
+        if self.host is None:
+            raise RuntimeError(f"{self.name}: this cluster is not registered on a module")
+        module, tensor_name = self.host
+        weight = module._parameters.get(tensor_name)
+        if weight is None:
+            raise RuntimeError(
+                f"{self.name}: the layer has no Parameter {tensor_name!r} any more (pruned or parametrized after "
+                "apply?); undo that, and call hbnn_plugin.fuse before such a change"
+            )
+        return weight
+
+    @torch.no_grad()
+    def attach(self, module: nn.Module, tensor_name: str) -> None:
+        """Sit beside the module's weight; beside that of each layer that is tied to the first, too."""
+        module.add_module(tensor_name + INPLACE_SUFFIX, self.train(module.training))
+        if self.host is None:
+            self.host = (module, tensor_name)
+            self.parameter.copy_(self.weight_of(self.latent))
+            self._watching = module.register_forward_pre_hook(self._watch_steps)
+
+    def detach_from(self, layers: Sequence[tuple[nn.Module, str]]) -> None:
+        """Leave the layers with their weight as it is."""
+        self.host = None  # no optimizer step is to find this cluster any more
+        self._end_watch()
+        for module, tensor_name in layers:
+            del module._modules[tensor_name + INPLACE_SUFFIX]
+
+    def adopt(self, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
+        """Add to a plain weight in a checkpoint what apply would have put beside it."""
+        inside = f"{prefix}{tensor_name}{INPLACE_SUFFIX}."
+        weight = state_dict.get(prefix + tensor_name)
+        if weight is None or inside + "latent" in state_dict or tuple(weight.shape) != tuple(self.parameter.shape):
+            return
+        weight = weight.detach()
+        fresh = InPlace(weight, self.settings, shape=self.shape, unit_dims=self.unit_dims, name=self.name)
+        state_dict.update(fresh.state_dict(prefix=inside))
+        self.reference_is_stale = True
+
+    def memory(self, of: Map) -> Tensor:
+        """Where the mapped weight can be worked out: in the host's weight itself, if it is whole and of the dtype."""
+        weight = self.parameter.detach()
+        if is_sharded(weight) or weight.dtype != of.latent.dtype:
+            return torch.empty_like(of.latent)
+        return self.logical(weight)
+
+    def fingerprint(self) -> Tensor:
+        """Sums and norms of the weight's rows, (2, ...), float32 or better: hardly any edit leaves them as they are."""
+        weight = self.logical(whole(self.parameter.detach())).to(self.point.dtype)
+        rows = tuple(d for d in self.dims if d) or self.dims
+        return torch.stack([weight.sum(rows), torch.linalg.vector_norm(weight, dim=rows)])
+
+    def edits(self) -> Tensor:
+        """One bool a point: whether the host has changed its weight, by value: ``.data`` edits bump no version."""
+        weight = self.logical(whole(self.parameter.detach()))
+        return edited(weight, self.logical(self.weight_of(self.latent)), self.dims)
+
+    def honour(self, changed: Tensor) -> Tensor:
+        """Take the weight into the latent, through the inverse map, at these points; at which its length was lost."""
+        weight = self.logical(whole(self.parameter.detach()))
+        finite = weight.isfinite().all(self.dims, keepdim=True) if self.dims else weight.isfinite()
+        inverse, outside = self.inverse(torch.where(changed & finite, weight.to(self.point.dtype), self.point))
+        latent = torch.where(finite, inverse.to(weight.dtype), weight)  # what is not is to be seen, as in the bare host
+        self.latent.copy_(torch.where(changed, latent, self.logical(self.latent)).reshape(self.latent.shape))
+        return outside
+
+    def warn_of_lost_lengths(self, points: int) -> None:
+        """Say that the host has moved its weight out of the ball at so many points."""
+        self.may_warn = False
+        warnings.warn(
+            f"{self.name}: the host moved its weight out of the ball at {points} of {self.points} point(s) "
+            f"(radius {self.settings.radius:g}); its direction is kept and its length is not. A smaller radius, or "
+            "apply(..., relative=True), would keep both.",
+            stacklevel=2,
+        )
+
+    def _watch_steps(self, module: nn.Module, args: object) -> None:
+        if traced() or recorded() or not self.registered:
+            return
+        changes = self._watch.sees_a_still_point(self, self.parameter)
+        if self._watch.is_over:
+            self._end_watch()
+        if changes:
+            warnings.warn(
+                f"{self.name}: its weight has changed {changes} times, and no optimizer step has been seen. An "
+                "optimizer that does not fire torch's step hooks (it may skip super().__init__()) trains the bare host "
+                "in in-place mode: let it call super().__init__(), or use hbnn_plugin.ClusterSGD, ClusterAdam or "
+                "ClusterAdamW.",
+                stacklevel=2,
+            )
+
+    def _end_watch(self) -> None:
+        if self._watching is not None:
+            self._watching.remove()
+            self._watching = None
+
+    @contextlib.contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Inside, the host's weight is the latent itself."""
+        weight = self.parameter.data  # unseen by autograd: a backward may be due, and the values come back
+        before = weight.clone()
+        weight.copy_(sharded_like(self.latent, weight))
+        try:
+            yield
+        finally:
+            weight.copy_(before)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InPlace:
+        """Move with the model; the latent is cast as the weight is."""
+        latent = self.latent
+        super()._apply(fn, recurse)
+        self.latent = fn(latent)
+        self.written = None
+        return self
+
+    @staticmethod
+    def when_loaded() -> None:
+        """What a whole model needs that is loaded where apply was never called; ``optimizer/hooking.py`` knows it."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.when_loaded()
+
+
+@torch.no_grad()
+def enter(clusters: Sequence[InPlace]) -> None:
+    """Put the latents and their gradients into the hosts' weights."""
+    clusters = [epc for epc in clusters if not epc.swapped]
+    _honour_edits(clusters)
+    moving = [(epc, grad) for epc in clusters if (grad := epc.parameter.grad) is not None]
+    maps = [epc.map_of(epc.latent) for epc, _ in moving]
+    gradients = [epc.logical(whole(grad)).to(of.latent.dtype) for (epc, grad), of in zip(moving, maps)]
+    for (epc, upstream), pulled in zip(moving, pull_back(maps, gradients)):
+        latent_grad = pulled.reshape(epc.latent.shape).to(upstream.dtype)
+        epc.upstream, epc.parameter.grad = upstream, sharded_like(latent_grad, upstream)
+    for epc in clusters:
+        epc.parameter.copy_(sharded_like(epc.latent, epc.parameter))
+        epc.swapped = True
+
+
+@torch.no_grad()
+def leave(clusters: Sequence[InPlace]) -> None:
+    """Take the latents out of the hosts' weights, and write the mapped weights there."""
+    clusters = [epc for epc in clusters if epc.swapped]
+    for epc in clusters:
+        epc.latent.copy_(whole(epc.parameter))
+    maps = [epc.map_of(epc.latent) for epc in clusters]
+    memory = [epc.memory(of) for epc, of in zip(clusters, maps)]
+    exp_maps(maps, memory)
+    for epc, mapped in zip(clusters, memory):
+        weight = epc.parameter
+        if mapped.data_ptr() != weight.data_ptr():
+            weight.copy_(sharded_like(mapped.reshape(epc.latent.shape).to(weight.dtype), weight))
+        epc.written = epc.fingerprint()
+    stepped = [
+        (epc, epc.upstream, grad)
+        for epc in clusters
+        if epc.upstream is not None and (grad := epc.parameter.grad) is not None
+    ]
+    for _, upstream, _ in chosen(stepped, [~whole(grad).any() for *_, grad in stepped]):
+        upstream.zero_()  # as the step has cleared its own
+    for epc, upstream, _ in stepped:
+        epc.parameter.grad = upstream
+    for epc in clusters:
+        epc.upstream, epc.swapped = None, False
+
+
+def _honour_edits(clusters: Sequence[InPlace]) -> None:
+    """Take what the hosts did to their weights into the latents, through the inverse map, and only where they did."""
+    left = [(epc, epc.written) for epc in clusters if epc.written is not None]
+    untouched = {epc for epc, _ in chosen(left, [(written == epc.fingerprint()).all() for epc, written in left])}
+    edits = [(epc, epc.edits()) for epc in clusters if epc not in untouched]
+    honoured = [(epc, epc.honour(where)) for epc, where in chosen(edits, [where.any() for _, where in edits])]
+    to_warn = [(epc, outside) for epc, outside in honoured if epc.may_warn]
+    for epc, outside in chosen(to_warn, [outside.any() for _, outside in to_warn]):
+        epc.warn_of_lost_lengths(int(outside.sum()))

@@ -1,0 +1,1 @@
+"""What training did: flips of binary weights, and where the points are."""

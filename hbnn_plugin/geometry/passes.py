@@ -1,0 +1,194 @@
+"""Passes over weight tensors: all that is ever done with as many numbers as there are weights.
+
+Everything the plugin computes is inner products of weight-sized tensors (:func:`inner`) and linear combinations of
+them (:func:`combine`), with one scalar a point in between. A weight-sized temporary costs more than the arithmetic on
+it (its memory is fresh, page by page), so products go into the memory that will hold the result. Several layers'
+passes are made together by ``geometry/joint_passes.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Dims",
+    "checksum",
+    "chosen",
+    "combine",
+    "covers_rows",
+    "inner",
+    "largest",
+    "lie_alike",
+    "may_look",
+    "places_of_equals",
+    "recorded",
+    "rows_of",
+    "scalar_dtype",
+    "traced",
+    "working_dtype",
+]
+
+T = TypeVar("T")
+
+Dims = tuple[int, ...]
+"""The dimensions of one point; the others count points."""
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 or better: in half precision a point at the margin has no digits left for its distance to the edge."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """float64 for what is one number a point, but on Apple's GPUs and some of Intel's, which have none."""
+    lacking = device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
+    return torch.float32 if lacking else torch.float64
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether x's values are known without waiting: on a CPU. Elsewhere looking at them costs a synchronisation."""
+    return x.is_cpu
+
+
+def chosen(items: Sequence[T], flags: Iterable[Tensor]) -> list[T]:
+    """The items whose flag, one bool each, is True; where looking at values means waiting, one wait for all."""
+    flags = list(flags)
+    if flags and recorded():
+        raise RuntimeError(
+            "in-place mode looks at values in the optimizer's step, which a CUDA graph cannot record: let it record "
+            "forward and backward alone, or apply with mode='parametrize'"
+        )
+    values = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+    return [item for item, value in zip(items, values, strict=True) if value]
+
+
+def traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is looking: then plain operations, and nothing kept."""
+    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
+
+
+def places_of_equals(keys: Iterable[object]) -> list[list[int]]:
+    """For each key, where among all it stands: what is alike is worked on together."""
+    found: dict[object, list[int]] = defaultdict(list)
+    for i, key in enumerate(keys):
+        found[key].append(i)
+    return [*found.values()]
+
+
+def checksum(x: Tensor) -> float:
+    """The sum of all of x, for telling whether it has changed."""
+    return float(x.detach().to(scalar_dtype(x.device)).sum().nan_to_num())
+
+
+def recorded() -> bool:
+    """Whether a CUDA graph is being recorded, which looking at a value would end with an error."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def inner(x: Tensor, y: Tensor, dims: Dims, *, scratch: Tensor | None = None) -> Tensor:
+    """⟨x, y⟩ over ``dims`` (kept with size 1) as float64, summed in the tensors' dtype.
+
+    The product is written into ``scratch``, if given (autograd must not be watching then).
+    """
+    wide = scalar_dtype(x.device)
+    if scratch is None:
+        return (x * y).sum(dims, keepdim=True).to(wide)
+    if x is y:
+        return _square(x, dims, wide)
+    if _in_rows(x, y, dims):
+        return _products_of_rows(x, y).to(wide).reshape(-1, *[1] * (x.ndim - 1)).sum(dims, keepdim=True)
+    return torch.mul(x, y, out=scratch).sum(dims, keepdim=True).to(wide)
+
+
+def _square(x: Tensor, dims: Dims, wide: torch.dtype) -> Tensor:
+    """‖x‖² in one pass: norms of rows, squared and summed in float64.
+
+    Not one norm over all: on a CPU that sums sequentially and loses four digits over a layer of 2 million weights.
+    """
+    rows = tuple(d for d in dims if d % x.ndim)
+    norms = torch.linalg.vector_norm(x, dim=rows, keepdim=True).to(wide) if rows else x.to(wide)
+    return (norms * norms).sum(dims, keepdim=True)
+
+
+def largest(x: Tensor, dims: Dims) -> Tensor:
+    """max |x_i| over ``dims`` (kept with size 1), without a temporary; torch's norm for it is slow on a CPU."""
+    if not x.is_cpu:
+        norm: Tensor = torch.linalg.vector_norm(x, math.inf, dims, keepdim=True)
+        return norm
+    high, low = x.amax(dims, keepdim=True), x.amin(dims, keepdim=True)
+    return torch.maximum(high, -low).abs()  # not −0, by which one may divide
+
+
+_LARGE = 2**18
+"""From so many numbers on, what a call of torch.sparse costs is less than a second reading of the product."""
+_LONG = 2**16
+"""A row is summed from its beginning to its end: of so many numbers with too few digits."""
+
+
+def _in_rows(x: Tensor, y: Tensor, dims: Dims) -> bool:
+    """Whether x and y are large, lie in a CPU's memory alike, row after row (their first dimension), and no point
+    covers part of a row."""
+    return (
+        x.is_cpu
+        and _LARGE <= x.numel() < _LONG * len(x)
+        and covers_rows(dims, x.ndim)
+        and lie_alike((x, y))
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, y))  # a fake one has no memory
+    )
+
+
+def covers_rows(dims: Dims, ndim: int) -> bool:
+    """Whether no point covers part of a row (of the first dimension)."""
+    return {d % ndim for d in dims} >= set(range(1, ndim))
+
+
+def lie_alike(xs: Sequence[Tensor]) -> bool:
+    """Whether row after row (their first dimension), in the same order within each."""
+    x = xs[0]
+    return (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)) and all(
+        (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype) for y in xs[1:]
+    )
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """A matrix of its rows as they lie in memory."""
+    length = x.numel() // len(x)
+    return x.as_strided((len(x), length), (length, 1))
+
+
+def _products_of_rows(x: Tensor, y: Tensor) -> Tensor:
+    """⟨x_i, y_i⟩ in one reading of both.
+
+    torch's one kernel on a CPU that multiplies and sums without a temporary is that for entries of a matrix product.
+    """
+    products: Tensor = torch.sparse.sampled_addmm(_diagonal(len(x), x.dtype), rows_of(x), rows_of(y).mT, beta=0.0)
+    return products.values()
+
+
+@lru_cache(maxsize=64)
+def _diagonal(size: int, dtype: torch.dtype) -> Tensor:
+    """The places of a square matrix's diagonal."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        rows, zeros = torch.arange(size + 1, device="cpu"), torch.zeros(size, dtype=dtype, device="cpu")
+        return torch.sparse_csr_tensor(rows, rows[:-1], zeros, (size, size), check_invariants=False)
+
+
+def combine(coefficients: Sequence[Tensor], vectors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """Σ c_i x_i, one coefficient a point, in the vectors' dtype; into ``out``, if given (the first vector will do)."""
+    dtype = vectors[0].dtype
+    result = torch.mul(vectors[0], coefficients[0].to(dtype), out=out)
+    for coefficient, vector in zip(coefficients[1:], vectors[1:]):
+        if torch.is_grad_enabled() or traced():  # who watches may have kept it: no writing over it
+            result = torch.addcmul(result, coefficient.to(dtype), vector)
+        else:
+            result.addcmul_(coefficient.to(dtype), vector)
+    return result

@@ -1,0 +1,1 @@
+"""``python -m hbnn_plugin train.py``: the retrofit without touching the script."""

@@ -1,0 +1,1 @@
+"""On to an existing model and back: plan, apply, load, fuse."""

@@ -1,0 +1,206 @@
+"""What apply would do, checked and printable before anything is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
+
+from ..cluster.epc import alive, find
+from ..cluster.settings import Mode, Settings
+from ..diagnostics.tables import table
+from ..geometry.passes import inner
+from ..host.idioms import reason_for_inplace
+from ..host.selection import Predicate, Selected, binary_convolutions, own_class, select
+from ..host.sharding import is_sharded
+
+__all__ = ["Plan", "check_model", "check_where", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layers that apply would take, in order; ``repr`` is a table."""
+
+    settings: Settings
+    layers: tuple[Selected, ...]
+    mode: Mode = "parametrize"
+    reason: str | None = None
+    """Why the mode is not ``"parametrize"``, if it was left to the plugin."""
+    binarize: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def points(self, layer: Selected) -> int:
+        """How many points the layer gets."""
+        if self.settings.per == "layer":
+            return 1
+        points = 1
+        for d in layer.unit_dims:
+            points *= layer.shape[d]
+        return points
+
+    def __repr__(self) -> str:
+        rows = [
+            (s.label, own_class(s.module).__name__, s.tensor_name, "×".join(map(str, s.shape)), str(self.points(s)))
+            for s in self.layers
+        ]
+        title = f"EPC on {len(self.layers)} layer(s): {self.settings}"
+        if self.binarize:
+            title += f"; binarize={self.binarize!r}"
+        if self.mode == "inplace":
+            title += "; mode='inplace'" + (f", because {self.reason}" if self.reason else "")
+        return table(title, ("layer", "class", "tensor", "shape", "points"), rows)
+
+
+def make_plan(
+    model: nn.Module,
+    settings: Settings,
+    where: Predicate | None,
+    mode: Mode | None = None,
+    binarize: str | None = None,
+) -> Plan:
+    """Select, choose the mode and check. Raises ValueError (TypeError for a model that is none) naming all problems."""
+    if mode not in (None, *get_args(Mode)):
+        raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, or None, not {mode!r}")
+    wrapper = check_model(model, mode)
+    check_where(where)
+    predicate = where or binary_convolutions
+    layers: list[Selected] = []
+    problems: list[str] = []
+    for name, module, selected in select(model, predicate):
+        problem = _no_weight(module) if selected is None else _problem(selected, settings)
+        if problem is not None:
+            cls = own_class(module).__name__
+            problems.append(f"{name or cls} ({cls}): {problem}")
+        elif selected is not None:
+            layers.append(selected)
+    problems += _broken_ties(model, layers, "inplace" if wrapper else mode)
+    if problems:
+        raise ValueError("nothing was changed, because of\n  " + "\n  ".join(problems))
+    if not layers:
+        raise ValueError(_nothing_selected(model, where))
+    reason = None
+    if mode is None:
+        reason = wrapper or reason_for_inplace(layers, binarized_later=binarize is not None)
+        mode = "inplace" if reason else "parametrize"
+    return Plan(settings, tuple(layers), mode, reason, binarize)
+
+
+def check_where(where: object) -> None:
+    """Refuse what is no predicate."""
+    if isinstance(where, type):
+        raise TypeError(f"where must be callable as (module, name) -> bool: by_class({where.__name__}), not the class")
+    if where is not None and not callable(where):
+        raise TypeError(f"where must be callable as (module, name) -> bool, such as by_name({where!r}), not {where!r}")
+
+
+def check_model(model: nn.Module, mode: Mode | None = None) -> str | None:
+    """Refuse what is not a module, or sharded; returns what wraps the model, which takes in-place mode."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, not {type(model).__name__}")
+    wrapper = None
+    for name, module in model.named_modules():
+        label = f"{name or 'the model'} is wrapped in {type(module).__name__}"
+        if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__):
+            raise ValueError(
+                f"{name or 'the model'} is sharded by {type(module).__name__}, which has taken its weights apart: call "
+                "hbnn_plugin.apply first, shard afterwards"
+            )
+        if isinstance(module, (DistributedDataParallel, DataParallel)):
+            if mode == "parametrize":
+                raise ValueError(
+                    f"{label}, which would miss the latent weights' gradients: call hbnn_plugin.apply first, wrap "
+                    "afterwards, or apply with mode='inplace'"
+                )
+            wrapper = label
+    return wrapper
+
+
+def _no_weight(module: nn.Module) -> str:
+    if {"weight_g", "weight_v"} <= set(module._parameters):
+        return "its weight is already parametrized by torch.nn.utils.weight_norm; remove that first"
+    if next(module.parameters(recurse=False), None) is None:
+        return "it holds no parameter itself; select the layers inside it"
+    return "it has no single weight of two dimensions or more"
+
+
+def _broken_ties(model: nn.Module, layers: list[Selected], mode: Mode | None) -> list[str]:
+    """Selected weights that another layer uses too: not selected, it would take the latent for a weight."""
+    problems = []
+    chosen = {(id(s.module), s.tensor_name) for s in layers}
+    by_weight = {id(s.weight): s for s in layers if s.tensor_name in s.module._parameters}
+    for name, module in model.named_modules():
+        for tensor_name, parameter in module._parameters.items():
+            tied = by_weight.get(id(parameter))
+            if mode == "inplace":  # the weight stays a weight for everybody
+                continue
+            if tied is not None and (id(module), tensor_name) not in chosen and not _is_latent_list(module):
+                problems.append(
+                    f"{tied.label}: its weight is tied to {name}.{tensor_name}, which is not selected: "
+                    "select that too, or apply with mode='inplace'"
+                )
+    latents = {id(epc.parameter): epc for epc in alive()}
+    for key, s in by_weight.items():
+        if key in latents:
+            problems.append(f"{s.label}: its weight is tied to {latents[key].name}, which apply was called on before")
+    return problems
+
+
+def _is_latent_list(module: nn.Module) -> bool:
+    return type(module).__name__ == "ParametrizationList"
+
+
+def _problem(selected: Selected, settings: Settings) -> str | None:
+    module, tensor_name = selected.module, selected.tensor_name
+    if tensor_name.endswith("_orig"):
+        return f"its {tensor_name.removesuffix('_orig')} is parametrized by spectral_norm or prune; remove that first"
+    if tensor_name in find(module):
+        return "hbnn_plugin.apply was called on it before; fuse(model) undoes that"
+    if tensor_name in getattr(module, "parametrizations", {}):
+        owner = type(module.parametrizations[tensor_name][0]).__name__  # type: ignore[index]
+        return f"its {tensor_name} is already parametrized by {owner}; remove that parametrization first"
+    parameter = module._parameters[tensor_name]
+    if isinstance(parameter, UninitializedParameter):
+        return f"its {tensor_name} is not initialized yet; run the lazy module once, then apply"
+    weight = selected.weight
+    if is_sharded(weight):
+        return f"its {tensor_name} is already sharded; call hbnn_plugin.apply first, shard afterwards"
+    if not weight.is_floating_point():
+        return f"its {tensor_name} is {weight.dtype}, not a floating-point tensor"
+    if weight.is_meta:
+        return f"its {tensor_name} is on the meta device; materialize and initialize the model first"
+    if weight.numel() == 0:
+        return f"its {tensor_name} is empty (shape {tuple(weight.shape)})"
+    bad = int((~weight.detach().isfinite()).sum())
+    if bad:
+        return f"its {tensor_name} holds {bad} non-finite value(s) of {weight.numel()}; repair or re-initialize it"
+    if settings.space == "sphere":
+        with torch.no_grad():
+            w = weight.detach().reshape(selected.shape)
+            every = range(w.ndim)
+            dims = tuple(d for d in every if settings.per == "layer" or d not in selected.unit_dims)
+            zeros = int((inner(w, w, dims) == 0).sum())
+        if zeros:
+            return f"{zeros} of its {settings.per}s are zero, which has no place on the sphere; initialize them"
+    return None
+
+
+def _nothing_selected(model: nn.Module, where: Predicate | None) -> str:
+    classes: dict[str, int] = {}
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            classes[type(module).__name__] = classes.get(type(module).__name__, 0) + 1
+    looked_at = ", ".join(f"{n} {cls}" for cls, n in sorted(classes.items())) or "no module with parameters"
+    if where is not None:
+        asked = getattr(where, "__qualname__", repr(where))
+        return f"the predicate {asked} selected no layer of {type(model).__name__} (looked at: {looked_at})"
+    return (
+        f"found no binary convolution in {type(model).__name__} (looked at: {looked_at}). By default convolutions of a "
+        "class of your own are taken, not plain torch layers. Name the layers with where=hbnn_plugin.by_name(...) or "
+        'by_class(...), or let apply(model, binarize="1/1") binarize a full-precision model.'
+    )
