@@ -51,6 +51,27 @@ def test_output_and_gradients_are_those_of_single_layers(space: str, per: str) -
         torch.testing.assert_close(together[name], parameter.grad, rtol=1e-6, atol=1e-8)
 
 
+class Noisy(nn.Module):
+    """Writes into its parameters as its forward begins."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.add_(0.1)
+        return self.net(x)
+
+
+def test_what_a_forward_writes_into_its_parameters_counts() -> None:
+    torch.manual_seed(0)
+    model = hbnn_plugin.apply(Noisy(tiny_net(SmoothConv)), mode="parametrize")
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(model(images()), copied.forward(images()))  # called directly, nothing is worked out
+
+
 def test_a_forward_maps_every_layer_once_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from hbnn_plugin.geometry import exponential  # noqa: PLC0415
 

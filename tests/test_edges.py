@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from typing import Any
 
@@ -44,18 +45,22 @@ class Pair(nn.Module):
         return self.b(self.a(x))
 
 
-def test_a_weight_tied_to_an_unselected_layer_is_refused() -> None:
+def test_a_weight_tied_to_an_unselected_layer_takes_in_place_mode() -> None:
     model = Pair(nn.Conv2d)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"a: its weight is tied to b\.weight, which is not selected.*mode='inplace'"):
-        hbnn_plugin.apply(model)
+    tie = r"a has its weight tied to b\.weight, which is not selected"
+    with pytest.raises(ValueError, match=f"{tie}: select that too, or apply with mode='inplace'"):
+        hbnn_plugin.apply(model, mode="parametrize")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    plan = hbnn_plugin.plan(model)
+    assert plan.mode == "inplace" and re.fullmatch(tie, plan.reason)
+    hbnn_plugin.apply(model)
+    assert model.a.weight is model.b.weight
 
 
 def test_applying_to_the_other_end_of_a_tie_is_refused() -> None:
     model = Pair()
-    with pytest.raises(ValueError, match=r"b: its weight is tied to a\.weight"):
-        hbnn_plugin.apply(model, where=hbnn_plugin.by_name("^b$"))
+    assert hbnn_plugin.plan(model, where=hbnn_plugin.by_name("^b$")).mode == "inplace"
     hbnn_plugin.apply(model.a)
     with pytest.raises(ValueError, match="b: its weight is tied to IrConv, which apply was called on before"):
         hbnn_plugin.apply(model, where=hbnn_plugin.by_name("^b$"))

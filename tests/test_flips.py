@@ -16,7 +16,7 @@ from torch.optim import SGD
 
 import hbnn_plugin
 from hbnn_plugin import by_class, by_name, cluster_report, flip_ratio
-from hbnn_plugin.host.convolved import convolved_weight, is_two_valued, pack_bits, unpack_bits
+from hbnn_plugin.host.convolved import binary_value, convolved_weight, is_two_valued, pack_bits, unpack_bits
 from tiny_hosts import (
     BINARY_LAYERS,
     HOSTS,
@@ -230,6 +230,14 @@ def test_is_two_valued() -> None:
     assert is_two_valued(w.sign() - w + w) and not is_two_valued(w)
     assert not is_two_valued(torch.tensor([[1.0, 0.0, -1.0]]))  # ternary
     assert not is_two_valued(torch.randn(4, 9))
+
+
+def test_of_two_values_of_one_sign_the_upper_counts() -> None:
+    weight = torch.tensor([[0.5, 1.5, 0.5], [-1.5, -0.5, -1.5], [0.0, 1.0, 0.0], [-1.0, 1.0, -1.0]])
+    assert binary_value(weight).tolist() == [[False, True, False]] * 4
+    assert torch.equal(binary_value(weight.t(), (1,)), binary_value(weight).t())
+    rounding = torch.tensor([[1.0, 1.0 + 1e-7, 1.0 - 1e-7], [-1.0, -1.0 - 1e-7, -1.0]])  # of one value, with rounding
+    assert binary_value(rounding).tolist() == [[True] * 3, [False] * 3]
 
 
 def test_convolved_weight_is_what_the_convolution_gets() -> None:

@@ -71,6 +71,25 @@ def test_a_model_fused_whole_that_was_applied_in_part_is_plain_in_every_part() -
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
+class AlphaFirst(IrConv):
+    """Its parameters: alpha, weight, bias, beta."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        weight, bias = self._parameters.pop("weight"), self._parameters.pop("bias")
+        self.alpha = nn.Parameter(torch.ones(1))
+        self.weight, self.bias = weight, bias
+        self.beta = nn.Parameter(torch.ones(1))
+
+
+def test_parameters_come_back_in_their_order() -> None:
+    net = tiny_net(AlphaFirst)
+    names = [name for name, _ in net.named_parameters()]
+    assert names.index("conv1.alpha") < names.index("conv1.weight") < names.index("conv1.beta")
+    hbnn_plugin.apply(net, mode="parametrize")
+    assert [name for name, _ in hbnn_plugin.fuse(copy.deepcopy(net)).named_parameters()] == names
+
+
 def test_a_fused_model_can_be_applied_again() -> None:
     net = trained()
     expected = output(net)

@@ -13,7 +13,8 @@ from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hbnn_plugin
-from tiny_hosts import BINARY_LAYERS, batch, loss_of, points, same_state, state, train
+from idiom_hosts import CentredConv, ClippedConv
+from tiny_hosts import BINARY_LAYERS, batch, loss_of, points, same_state, state, tiny_net, train
 from training_helpers import applied, steps
 
 
@@ -45,6 +46,15 @@ def test_an_optimizer_without_hooks_is_reported_once_a_layer() -> None:
     assert [m.split(":")[0] for m in messages] == list(BINARY_LAYERS)
     assert all("step_points" in m and "ClusterSGD" in m for m in messages)
     assert steps(net) == [0, 0]
+
+
+@pytest.mark.parametrize("host", [ClippedConv, CentredConv])
+def test_what_a_forward_does_to_its_weight_is_no_step(host: Any) -> None:
+    net = hbnn_plugin.apply(tiny_net(host), mode="inplace")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(8):  # micro-batches before the first step
+            loss_of(net, seed).backward()
 
 
 @pytest.mark.parametrize("rule", ["spectral", "fixed"])

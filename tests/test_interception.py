@@ -21,6 +21,7 @@ import hbnn_plugin
 from hbnn_plugin.cluster.epc import find
 from hbnn_plugin.cluster.inplace import InPlace
 from hbnn_plugin.host.selection import by_name
+from hbnn_plugin.launcher import interception
 from hbnn_plugin.launcher.interception import Interception
 from tiny_hosts import IrConv, TinyNet, clusters, points, tiny_net, train
 from torch_version import TORCH
@@ -171,6 +172,23 @@ def test_a_wrapper_comes_first(watch: Interception) -> None:
     assert list(clusters(net)) == ["conv1", "conv2"]
     SGD(wrapped.parameters(), lr=0.1)
     assert watch.models == [net]
+
+
+def test_of_a_model_that_is_sharded_over_ranks_there_is_no_report_of_flips(
+    world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interception, "_ranks", lambda: 2)
+    said: list[str] = []
+    taken = Interception({}, said.append)
+    taken.start()
+    try:
+        net = tiny_net(IrConv)
+        fsdp().fully_shard(net)
+        SGD(net.parameters(), lr=0.1)
+    finally:
+        taken.stop()
+    assert taken.applied and not taken.models
+    assert "call hbnn_plugin.flip_ratio(model) in the script, on every rank" in said[1] and len(said) == 2
 
 
 @pytest.mark.parametrize("mode", ["parametrize", "inplace"])

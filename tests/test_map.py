@@ -245,6 +245,14 @@ def test_a_vanishing_radius_is_euclidean() -> None:
     assert torch.allclose(exp_map(p, v, 1e-12), p + v, atol=1e-10)
 
 
+def test_the_inverse_broadcasts_as_the_map_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, v = (0.1 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5,), (3, 5)))
+    for dims in ((0,), (1,), (0, 1)):
+        x = exp_map(p, v, 0.5, dims=dims)
+        torch.testing.assert_close(log_map(p, x, 0.5, dims=dims), v, rtol=1e-9, atol=1e-12)
+
+
 def test_several_dimensions_make_one_point() -> None:
     generator = torch.Generator().manual_seed(7)
     p, v = (torch.randn(3, 2, 3, 3, generator=generator) * 0.3 for _ in range(2))

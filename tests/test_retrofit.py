@@ -135,3 +135,12 @@ def test_messages_name_a_model_that_is_itself_the_layer() -> None:
     layer = hbnn_plugin.apply(IrConv(2, 1, 3))
     with pytest.warns(UserWarning, match="^IrConv: the assigned weight"):
         layer.weight = torch.full((1, 2, 3, 3), 10.0)
+
+
+def test_tiny_weights_have_a_place_on_the_sphere() -> None:
+    net = tiny_net()
+    with torch.no_grad():
+        net.conv1.weight.mul_(1e-25)
+    before = net.conv1.weight.sign()
+    hbnn_plugin.apply(net, space="sphere")
+    assert torch.equal(net.conv1.weight.sign(), before)

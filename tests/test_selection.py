@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
 
 import hbnn_plugin
 from hbnn_plugin import by_class, by_name
@@ -118,6 +120,39 @@ def test_plan_prints_what_apply_would_do_and_changes_nothing(options: dict[str, 
     assert [type(m) for m in net.modules()] == classes
     assert [len(m._load_state_dict_pre_hooks) for m in net.modules()] == hooks
     assert torch.equal(torch.get_rng_state(), rng)
+
+
+class OwnLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+
+class InnerFunction(OwnLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight.sign())
+
+        return checkpoint(run, x, use_reentrant=False)
+
+
+class InnerComprehension(OwnLayer):
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        return [F.conv2d(x, self.weight.sign()) for x in xs]
+
+
+class InProperty(OwnLayer):
+    @property
+    def run(self) -> Any:
+        return lambda x: F.conv2d(x, self.weight.sign())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+@pytest.mark.parametrize("cls", [InnerFunction, InnerComprehension, InProperty])
+def test_a_convolution_is_found_wherever_in_the_class_it_is_called(cls: Any) -> None:
+    assert [layer.name for layer in hbnn_plugin.plan(nn.Sequential(cls())).layers] == ["0"]
 
 
 def test_apply_on_parts_one_after_the_other() -> None:

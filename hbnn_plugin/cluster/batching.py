@@ -3,9 +3,9 @@
 A map's scalars are some hundred operations on one number a point. Layer by layer they would be most of the plugin's
 cost in a small network, and most of its kernels on a GPU; over all layers at once they cost what one layer's cost.
 
-This lasts from the beginning of the model's forward to its end, in which nobody changes a latent, and each weight is
-read from it once. Any other read works its own map out: between two forwards a latent may change unseen (``.data``
-edits bump no version), and what is kept from step to step could be stale.
+This lasts from the beginning of the model's forward to its end, and each weight is read from it once, if its latent is
+then what it was. Any other read works its own map out: between two forwards a latent may change unseen (``.data`` edits
+bump no version), and what is kept from step to step could be stale.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _map_all(model: nn.Module, _: Any) -> None:
         return
     clusters = [epc for epc in _clusters(model) if epc.foresees_its_map]
     for epc, mapped in zip(clusters, exp_maps([epc.map_of(epc.parameter.detach()) for epc in clusters])):
-        epc.foreseen = epc.parameter, mapped
+        epc.foresee(mapped)
 
 
 def _forget_all(model: nn.Module, *_: Any) -> None:

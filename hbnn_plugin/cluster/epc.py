@@ -99,8 +99,7 @@ class EPC(nn.Module, ABC):
         self.shape = tuple(shape or weight.shape)
         self.unit_dims = unit_dims
         self.flat = self.shape != tuple(weight.shape)
-        every = tuple(range(len(self.shape)))
-        self.dims = every if settings.per == "layer" else tuple(d for d in every if d not in unit_dims)
+        self.dims = settings.point_dims(self.shape, unit_dims)
         self.layers = 1  # more for tied weights
         self.moves = 0
         self.hooked = False  # whether some optimizer's step has taken this cluster along

@@ -52,7 +52,7 @@ class InPlace(EPC):
         self.may_warn = self.settings.space == "ball"
         self._lost = False
         self._watch = StepWatch()
-        self._watching: RemovableHandle | None = None
+        self._watching: list[RemovableHandle] = []
 
     @property
     def registered(self) -> bool:
@@ -91,7 +91,10 @@ class InPlace(EPC):
         if self.host is None:
             self.host = (module, tensor_name)
             self.parameter.copy_(self.weight_of(self.latent))
-            self._watching = module.register_forward_pre_hook(self._watch_steps)
+            self._watching = [
+                module.register_forward_pre_hook(self._watch_steps),
+                module.register_forward_hook(self._watch_forward),
+            ]
 
     def detach_from(self, layers: Sequence[tuple[nn.Module, str]]) -> None:
         """Leave the layers with their weight as it is."""
@@ -163,10 +166,13 @@ class InPlace(EPC):
                 stacklevel=2,
             )
 
+    def _watch_forward(self, module: nn.Module, *_: object) -> None:
+        if not (traced() or recorded()) and self.registered:
+            self._watch.leave_at(self.parameter)
+
     def _end_watch(self) -> None:
-        if self._watching is not None:
-            self._watching.remove()
-            self._watching = None
+        while self._watching:
+            self._watching.pop().remove()
 
     @contextlib.contextmanager
     def bypassed(self) -> Iterator[None]:

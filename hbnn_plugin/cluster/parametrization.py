@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ class Parametrized(EPC):
     def __init__(self, weight: Tensor, *args: Any, **kwargs: Any) -> None:
         super().__init__(weight, *args, **kwargs)
         self._bypass = False
-        self.foreseen: tuple[Tensor, Mapped] | None = None  # a latent and what the map makes of it
+        self.foreseen: tuple[Tensor, int, Mapped] | None = None  # a latent, its version, and what the map makes of it
         self._watch = StepWatch()
         self._reads_to_watch = _WATCHED_READS
         self._last_read: tuple[Tensor, float] | None = None
@@ -59,6 +58,8 @@ class Parametrized(EPC):
 
     def attach(self, module: nn.Module, tensor_name: str) -> None:
         """Register on the module's weight; once more for each layer that is tied to the first."""
+        names = list(module._parameters)
+        followers = names[names.index(tensor_name) + 1 :]
         if self.owner is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # weights outside the ball are reported for all layers together
@@ -67,6 +68,7 @@ class Parametrized(EPC):
         else:  # registering this again would take the inverse of the latent
             parametrize.register_parametrization(module, tensor_name, _Identity())
             _lists(module)[tensor_name] = self.owner[0]
+        vars(_lists(module)).setdefault("followers", {})[tensor_name] = followers
         type(module).register_parameter = _register_parameter  # type: ignore[method-assign,assignment]
 
     @torch.no_grad()
@@ -77,8 +79,9 @@ class Parametrized(EPC):
         self.owner = None  # no optimizer step is to find this cluster any more
         parameter.data = weight
         for module, tensor_name in layers:
+            followers = vars(_lists(module))["followers"][tensor_name]
             _remove_parametrization(module, tensor_name)
-            _restore_parameter(module, tensor_name, parameter)
+            _restore_parameter(module, tensor_name, parameter, followers)
 
     def adopt(self, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
         """Rewrite a plain weight in a checkpoint as what apply would have made of it."""
@@ -100,8 +103,8 @@ class Parametrized(EPC):
         if traced():  # which fuses by itself, and would guard on every counter that it meets
             return self.weight_of(latent)
         foreseen, self.foreseen = self.foreseen, None  # to be read once
-        if foreseen is not None and foreseen[0] is latent:
-            weight = exp_map_mapped(self.map_of(latent), foreseen[1]).reshape(latent.shape).to(latent.dtype)
+        if foreseen is not None and foreseen[0] is latent and foreseen[1] == _version(latent):
+            weight = exp_map_mapped(self.map_of(latent), foreseen[2]).reshape(latent.shape).to(latent.dtype)
         else:
             weight = self.weight_of(latent)
         if type(latent) is nn.Parameter and not recorded():
@@ -111,9 +114,13 @@ class Parametrized(EPC):
                 self._watch_edits(weight)
         return weight
 
+    def foresee(self, mapped: Mapped) -> None:
+        """Let the next read of the weight take this, unless the latent has changed by then."""
+        self.foreseen = self.parameter, _version(self.parameter), mapped
+
     @property
     def foresees_its_map(self) -> bool:
-        """Whether the latent that the next read of the weight will see can be told now."""
+        """Whether the map may be worked out before the layer runs: whether it will see the latent that is here now."""
         latent = self.owner[0].original if self.owner is not None else None
         # FSDP's shards and functional_call's substitutes are no plain Parameters; under offloading the latent is
         # somewhere else, and in DataParallel's replicas it is the original's, on another device
@@ -172,6 +179,11 @@ class Parametrized(EPC):
             self._last_read = weight.detach(), checksum(weight)
 
 
+def _version(latent: Tensor) -> int:
+    """What goes up when somebody writes into the latent (other than through ``.data``)."""
+    return 0 if latent.is_inference() else latent._version
+
+
 def _lists(module: nn.Module) -> nn.ModuleDict:
     lists = module.parametrizations
     assert isinstance(lists, nn.ModuleDict)
@@ -202,8 +214,9 @@ def _remove_parametrization(module: nn.Module, tensor_name: str) -> None:
         module.__class__ = type(injected.__name__, injected.__bases__, rest)
 
 
-def _restore_parameter(module: nn.Module, tensor_name: str, parameter: nn.Parameter) -> None:
-    """Register the parameter where torch's layers have it: first, in front of the bias."""
-    parameters = OrderedDict([(tensor_name, parameter), *module._parameters.items()])
+def _restore_parameter(module: nn.Module, tensor_name: str, parameter: nn.Parameter, followers: Sequence[str]) -> None:
+    """Register the parameter where it was, in front of its followers: optimizers go by the order."""
+    there = list(module._parameters.items())
+    place = next((i for i, (name, _) in enumerate(there) if name in followers), len(there))
     module._parameters.clear()
-    module._parameters.update(parameters)
+    module._parameters.update([*there[:place], (tensor_name, parameter), *there[place:]])

@@ -79,6 +79,11 @@ class Settings:
                 f"relative=True puts each weight at √radius of the edge: radius must be below 1, not {self.radius!r}"
             )
 
+    def point_dims(self, shape: tuple[int, ...], unit_dims: tuple[int, ...]) -> tuple[int, ...]:
+        """The dimensions of a weight that one point covers; ``unit_dims`` count output units."""
+        every = range(len(shape))
+        return tuple(d for d in every if self.per == "layer" or d not in unit_dims)
+
     @property
     def geometry(self) -> Space:
         """The module of formulas of this space."""

@@ -55,12 +55,13 @@ def current_bits(module: nn.Module, tensor_name: str, epc: EPC) -> Tensor:
     """The layer's binary weight now, one bool a weight, on the CPU: what its forward convolves with, else its sign."""
     with torch.no_grad():
         weight: Tensor = getattr(module, tensor_name)
-    return binary_bits(weight, convolved_weight(module, epc.shape, weight))
+    return binary_bits(weight, convolved_weight(module, epc.shape, weight), epc.shape, epc.unit_dims)
 
 
-def binary_bits(weight: Tensor, convolved: Tensor | None) -> Tensor:
+def binary_bits(weight: Tensor, convolved: Tensor | None, shape: tuple[int, ...], unit_dims: tuple[int, ...]) -> Tensor:
     """One bool a weight, on the CPU: the upper of the two convolved values, else the weight's sign."""
-    return binary_value(weight.detach() if convolved is None else convolved).flatten().cpu()
+    bits = weight.detach() > 0 if convolved is None else binary_value(convolved.reshape(shape), unit_dims)
+    return bits.flatten().cpu()
 
 
 def set_reference(module: nn.Module, tensor_name: str, epc: EPC) -> None:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..cluster.epc import find
 from ..cluster.settings import Settings
-from ..host.convolved import convolved_weight
+from ..host.convolved import by_unit, convolved_weight
 from ..host.selection import Predicate, Selected, binary_convolutions, select
 from ..retrofit.fusing import fuse
 
@@ -147,7 +147,7 @@ def _look(layer: Selected, roundings: int) -> BinaryWeight | str:
     scale, far = scales_of(weight, layer.unit_dims, roundings)
     if bool(far.any()):
         unit = int(far.nonzero()[0])
-        row = _by_unit(weight.abs(), layer.unit_dims)[unit]
+        row = by_unit(weight.abs(), layer.unit_dims)[unit]
         low, high = float(row.min()), float(row.max())
         return f"{int(far.sum())} of {len(far)} filters are not ±scale: in filter {unit} |w| is {low:.6g} to {high:.6g}"
     return BinaryWeight(layer, ~weight.signbit(), scale)
@@ -155,7 +155,7 @@ def _look(layer: Selected, roundings: int) -> BinaryWeight | str:
 
 def scales_of(weight: Tensor, unit_dims: tuple[int, ...], roundings: int = ROUNDINGS) -> tuple[Tensor, Tensor]:
     """The scale of each filter of a convolved weight, and whether the filter is further than that from ±scale."""
-    rows = _by_unit(weight.abs(), unit_dims)
+    rows = by_unit(weight.abs(), unit_dims)
     scales = rows.median(1).values
     apart = (rows - scales[:, None]).abs().amax(1)
     return scales, apart > roundings * torch.finfo(weight.dtype).eps * scales
@@ -165,9 +165,3 @@ def _beyond_doubt(seen: BinaryWeight) -> bool:
     """Whether an exact ±scale is no real-valued weight by chance: not one weight a filter, nor a constant."""
     several = seen.bits.numel() >= 2 * seen.scale.numel()
     return several and bool(seen.scale.any()) and 0 < int(seen.bits.sum()) < seen.bits.numel()
-
-
-def _by_unit(weight: Tensor, unit_dims: tuple[int, ...]) -> Tensor:
-    """One row an output unit."""
-    units = weight.movedim(unit_dims, tuple(range(len(unit_dims))))
-    return units.reshape(math.prod(units.shape[: len(unit_dims)]), -1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..host.convolved import CONVOLUTIONS, edits_its_weight
+from ..host.convolved import CONVOLUTIONS, by_unit, edits_its_weight
 from ..host.selection import Selected
 
 __all__ = ["hold", "is_held", "release"]
@@ -103,7 +103,7 @@ def _take(
     weight, here = state_dict.get(prefix + tensor_name), getattr(module, tensor_name)
     if not is_held(module) or not isinstance(weight, Tensor) or weight.shape != here.shape:
         return
-    rows = weight.detach().reshape(shape).movedim(unit_dims, tuple(range(len(unit_dims)))).flatten(len(unit_dims)).abs()
-    if not torch.equal(rows.amin(-1), rows.amax(-1)):
+    rows = by_unit(weight.detach().reshape(shape), unit_dims).abs()
+    if not torch.equal(rows.amin(1), rows.amax(1)):
         del vars(module)["forward"]  # the hook stays: torch is running through the hooks
         here.requires_grad_(True)

@@ -271,12 +271,18 @@ def exp_map_mapped(of: Map, mapped: Mapped) -> Tensor:
 
 
 def log_map(p: Tensor, x: Tensor, radius: Radius, space: Space = ball, dims: Dims = (-1,)) -> Tensor:
-    r"""The latent v with exp_p(v) = x, the inverse of :func:`exp_map`; shapes and dtypes as there.
+    r"""The latent v with exp_p(v) = x, the inverse of :func:`exp_map`.
 
-    x must lie in the ball (on the sphere).
+    Args:
+        p: points, as there; broadcast against x.
+        x: weights, floating, inside the ball (or on the sphere).
+        radius, space, dims: as there.
+
+    Returns:
+        Tensor of the broadcast shape and x's dtype.
     """
     dtype = working_dtype(x.dtype)
-    p_work, x_work = p.to(dtype), x.to(dtype)
+    p_work, x_work = torch.broadcast_tensors(p.to(dtype), x.to(dtype))
     difference, total = x_work - p_work, x_work + p_work
     p_wide, x_wide, *others = (t.to(scalar_dtype(x.device)) for t in (p_work, x_work, difference, total))
     pp, xx, dd, ss = (inner(t, t, dims) for t in (p_wide, x_wide, *others))
@@ -286,7 +292,16 @@ def log_map(p: Tensor, x: Tensor, radius: Radius, space: Space = ball, dims: Dim
 
 
 def mobius_add(x: Tensor, y: Tensor, radius: Radius, dims: Dims = (-1,)) -> Tensor:
-    r"""x ⊕ y in the ball, [Ganea] Eq. 2; x and y broadcast against each other outside ``dims``."""
+    r"""x ⊕ y in the ball, [Ganea] Eq. 2.
+
+    Args:
+        x, y: floating, inside the ball; they broadcast against each other outside ``dims``.
+        radius: r > 0, a number, or a tensor with one value a point (size 1 in ``dims``).
+        dims: the dimensions of one point, of the same size in both.
+
+    Returns:
+        Tensor of the broadcast shape and x's dtype.
+    """
     dtype = working_dtype(x.dtype)
     x_work, y_work = x.to(dtype), y.to(dtype)
     xx, yy, xy = (inner(a, b, dims) for a, b in ((x_work, x_work), (y_work, y_work), (x_work, y_work)))
@@ -294,7 +309,16 @@ def mobius_add(x: Tensor, y: Tensor, radius: Radius, dims: Dims = (-1,)) -> Tens
 
 
 def mobius_scale(t: float | Tensor, x: Tensor, radius: Radius, dims: Dims = (-1,)) -> Tensor:
-    r"""t ⊗ x in the ball, [Ganea] Eq. 3, for √r‖x‖ < 1; t is a number or one value a point (size 1 in ``dims``)."""
+    r"""t ⊗ x in the ball, [Ganea] Eq. 3.
+
+    Args:
+        t: a number, or one value a point (size 1 in ``dims``).
+        x: floating, inside the ball: √r‖x‖ < 1.
+        radius, dims: as in :func:`mobius_add`.
+
+    Returns:
+        Tensor of x's shape and dtype.
+    """
     x_work = x.to(working_dtype(x.dtype))
     xx = inner(x_work, x_work, dims)
     factor = ball.mobius_scale(scalar(t, xx), xx, radius)

@@ -23,6 +23,7 @@ from .sharding import is_sharded, whole
 __all__ = [
     "CONVOLUTIONS",
     "binary_value",
+    "by_unit",
     "convolved_weight",
     "edits_its_weight",
     "is_two_valued",
@@ -193,18 +194,30 @@ def is_two_valued(weight: Tensor, unit_dims: tuple[int, ...] = (0,)) -> bool:
     That is up to a thousandth of their distance, or a few roundings of a coarser dtype: hosts that write
     sign(w).detach() − w.detach() + w leave rounding.
     """
-    tolerance = max(1e-3, 8 * torch.finfo(weight.dtype).eps)
-    units = weight.movedim(unit_dims, tuple(range(len(unit_dims))))
-    rows = units.reshape(math.prod(units.shape[: len(unit_dims)]), -1).float()
+    rows = by_unit(weight, unit_dims).float()
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     from_nearest = torch.minimum(rows - low, high - rows)
     scale = torch.maximum(high - low, rows.abs().amax(1, keepdim=True))
-    return bool((from_nearest <= tolerance * scale).all())
+    return bool((from_nearest <= _tolerance(weight.dtype) * scale).all())
 
 
-def binary_value(weight: Tensor) -> Tensor:
-    """One bool a weight: the upper of the two values (+1 of ±1, 1 of {0, 1})."""
-    return weight > 0
+def binary_value(weight: Tensor, unit_dims: tuple[int, ...] = (0,)) -> Tensor:
+    """One bool a weight: the upper of its filter's two values (+1 of ±1, 1 of {0, 1}), its sign if there is but one."""
+    dims = tuple(d for d in range(weight.ndim) if d not in unit_dims)
+    low, high = weight.amin(dims, keepdim=True), weight.amax(dims, keepdim=True)
+    of_one_sign = torch.minimum(low.abs(), high.abs()) * low.sign() * high.sign() > 0
+    apart = high - low > _tolerance(weight.dtype) * torch.maximum(high, -low)
+    return weight > torch.where(of_one_sign & apart, (low + high) / 2, 0.0)
+
+
+def by_unit(weight: Tensor, unit_dims: tuple[int, ...]) -> Tensor:
+    """One row an output unit."""
+    units = weight.movedim(unit_dims, tuple(range(len(unit_dims))))
+    return units.reshape(math.prod(units.shape[: len(unit_dims)]), -1)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return max(1e-3, 8 * torch.finfo(dtype).eps)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

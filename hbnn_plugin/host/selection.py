@@ -6,7 +6,8 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from types import CodeType
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -77,7 +78,7 @@ def binary_convolutions(module: nn.Module, name: str) -> bool:
 
 
 def by_name(*patterns: str) -> Predicate:
-    """Layers whose qualified name a regular expression finds (``re.search``)."""
+    """Layers whose qualified name a regular expression finds (``re.search``). Raises TypeError for anything else."""
     if not all(isinstance(pattern, (str, re.Pattern)) for pattern in patterns):
         raise TypeError(f"by_name takes regular expressions as arguments of their own, not {patterns!r}")
     compiled = [re.compile(pattern) for pattern in patterns]
@@ -90,7 +91,7 @@ def by_name(*patterns: str) -> Predicate:
 
 
 def by_class(*classes: type[nn.Module]) -> Predicate:
-    """Layers that are instances of one of the classes."""
+    """Layers that are instances of one of the classes. Raises TypeError for what is no class."""
     if not all(isinstance(cls, type) for cls in classes):
         raise TypeError(f"by_class takes classes as arguments of their own, not {classes!r}")
 
@@ -124,10 +125,19 @@ def names_in_methods(cls: type) -> set[str]:
     named: set[str] = set()
     for base in cls.__mro__:
         if base.__module__.split(".")[0] not in LIBRARIES:
-            for method in vars(base).values():
+            for member in vars(base).values():
+                method: Any = member.fget if isinstance(member, property) else member
                 code = getattr(inspect.unwrap(method), "__code__", None)
-                named.update(code.co_names if code is not None else ())
+                named.update(_names_in(code) if code is not None else ())
     return named
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """Also those of the functions, lambdas and comprehensions inside."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
 
 
 def _declared_shape(module: nn.Module) -> tuple[int, ...] | None:

@@ -54,6 +54,7 @@ class Interception:
         self._started = time.time()
         self._originals: list[tuple[Any, str, Any]] = []
         self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of the models that have begun to be sharded
+        self._not_kept: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def start(self) -> None:
         """Begin to watch."""
@@ -122,6 +123,12 @@ class Interception:
             self._met.update(root.modules())
             if self._layers(root):
                 self._apply(root)
+                if self.keep and _ranks() > 1:
+                    self._not_kept.add(root)
+                    self.say(
+                        "of a sharded model no rank alone can count the flips: the report will have fused checkpoints "
+                        "only; call hbnn_plugin.flip_ratio(model) in the script, on every rank"
+                    )
                 self._keep(root)
         return args
 
@@ -175,7 +182,7 @@ class Interception:
 
     def _keep(self, model: nn.Module) -> None:
         known = set(model.modules())
-        if self.keep and not any(kept in known for kept in self.models):
+        if self.keep and known.isdisjoint([*self.models, *self._not_kept]):
             self.models.append(model)
 
 
@@ -199,6 +206,10 @@ def _outermost_modules() -> Iterator[nn.Module]:
 
 def _outermost_modules_around(parts: Sequence[nn.Module]) -> list[nn.Module]:
     return [root for root in _outermost_modules() if not set(root.modules()).isdisjoint(parts)]
+
+
+def _ranks() -> int:
+    return torch.distributed.get_world_size()
 
 
 def _fsdp_modules() -> list[Any]:

@@ -64,6 +64,9 @@ def write_report(folder: Path, models: Sequence[nn.Module], saved: Sequence[Path
 
 def _plain(content: Any) -> Any:
     """The content with every applied model's state_dict made plain; None if there is none."""
+    if isinstance(content, (list, tuple)):
+        entries = [_plain(value) for value in content]
+        return [value if plain is None else plain for value, plain in zip(content, entries)] if any(entries) else None
     if not isinstance(content, Mapping):
         return None
     if holds_clusters(content):

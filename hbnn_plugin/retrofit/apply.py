@@ -194,7 +194,7 @@ def apply(
             epcs[key].layers += 1
         else:
             epc = make(s.weight, made.settings, shape=s.shape, unit_dims=s.unit_dims, name=s.label)
-            epc.flip_reference = pack_bits(binary_bits(s.weight, convolved[s.label]))
+            epc.flip_reference = pack_bits(binary_bits(s.weight, convolved[s.label], s.shape, s.unit_dims))
             outside[s.label] = epc.latent_of(s.weight)[1]
             epcs[key] = epc
     # From here on nothing can fail.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import get_args
 
-import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
@@ -13,7 +13,6 @@ from torch.nn.parameter import UninitializedParameter
 from ..cluster.epc import alive, find
 from ..cluster.settings import Mode, Settings
 from ..diagnostics.tables import table
-from ..geometry.passes import inner
 from ..host.idioms import reason_for_inplace
 from ..host.selection import Predicate, Selected, binary_convolutions, own_class, select
 from ..host.sharding import is_sharded
@@ -37,12 +36,8 @@ class Plan:
 
     def points(self, layer: Selected) -> int:
         """How many points the layer gets."""
-        if self.settings.per == "layer":
-            return 1
-        points = 1
-        for d in layer.unit_dims:
-            points *= layer.shape[d]
-        return points
+        covered = self.settings.point_dims(layer.shape, layer.unit_dims)
+        return math.prod(n for d, n in enumerate(layer.shape) if d not in covered)
 
     def __repr__(self) -> str:
         rows = [
@@ -79,14 +74,17 @@ def make_plan(
             problems.append(f"{name or cls} ({cls}): {problem}")
         elif selected is not None:
             layers.append(selected)
-    problems += _broken_ties(model, layers, "inplace" if wrapper else mode)
+    problems += _applied_before(layers)
+    ties = _broken_ties(model, layers)
+    if mode == "parametrize":
+        problems += [f"{tie}: select that too, or apply with mode='inplace'" for tie in ties]
     if problems:
         raise ValueError("nothing was changed, because of\n  " + "\n  ".join(problems))
     if not layers:
         raise ValueError(_nothing_selected(model, where))
     reason = None
     if mode is None:
-        reason = wrapper or reason_for_inplace(layers, binarized_later=binarize is not None)
+        reason = wrapper or next(iter(ties), None) or reason_for_inplace(layers, binarized_later=binarize is not None)
         mode = "inplace" if reason else "parametrize"
     return Plan(settings, tuple(layers), mode, reason, binarize)
 
@@ -129,26 +127,30 @@ def _no_weight(module: nn.Module) -> str:
     return "it has no single weight of two dimensions or more"
 
 
-def _broken_ties(model: nn.Module, layers: list[Selected], mode: Mode | None) -> list[str]:
-    """Selected weights that another layer uses too: not selected, it would take the latent for a weight."""
-    problems = []
+def _broken_ties(model: nn.Module, layers: list[Selected]) -> list[str]:
+    """Selected weights that another layer uses too: under a parametrization it would take the latent for a weight."""
     chosen = {(id(s.module), s.tensor_name) for s in layers}
-    by_weight = {id(s.weight): s for s in layers if s.tensor_name in s.module._parameters}
-    for name, module in model.named_modules():
-        for tensor_name, parameter in module._parameters.items():
-            tied = by_weight.get(id(parameter))
-            if mode == "inplace":  # the weight stays a weight for everybody
-                continue
-            if tied is not None and (id(module), tensor_name) not in chosen and not _is_latent_list(module):
-                problems.append(
-                    f"{tied.label}: its weight is tied to {name}.{tensor_name}, which is not selected: "
-                    "select that too, or apply with mode='inplace'"
-                )
+    by_weight = _by_weight(layers)
+    return [
+        f"{by_weight[id(parameter)].label} has its weight tied to {name}.{tensor_name}, which is not selected"
+        for name, module in model.named_modules()
+        for tensor_name, parameter in module._parameters.items()
+        if id(parameter) in by_weight and (id(module), tensor_name) not in chosen and not _is_latent_list(module)
+    ]
+
+
+def _applied_before(layers: list[Selected]) -> list[str]:
+    """Selected weights that are tied to a latent."""
     latents = {id(epc.parameter): epc for epc in alive()}
-    for key, s in by_weight.items():
-        if key in latents:
-            problems.append(f"{s.label}: its weight is tied to {latents[key].name}, which apply was called on before")
-    return problems
+    return [
+        f"{s.label}: its weight is tied to {latents[key].name}, which apply was called on before"
+        for key, s in _by_weight(layers).items()
+        if key in latents
+    ]
+
+
+def _by_weight(layers: list[Selected]) -> dict[int, Selected]:
+    return {id(s.weight): s for s in layers if s.tensor_name in s.module._parameters}
 
 
 def _is_latent_list(module: nn.Module) -> bool:
@@ -180,11 +182,8 @@ def _problem(selected: Selected, settings: Settings) -> str | None:
     if bad:
         return f"its {tensor_name} holds {bad} non-finite value(s) of {weight.numel()}; repair or re-initialize it"
     if settings.space == "sphere":
-        with torch.no_grad():
-            w = weight.detach().reshape(selected.shape)
-            every = range(w.ndim)
-            dims = tuple(d for d in every if settings.per == "layer" or d not in selected.unit_dims)
-            zeros = int((inner(w, w, dims) == 0).sum())
+        dims = settings.point_dims(selected.shape, selected.unit_dims)
+        zeros = int((weight.detach().reshape(selected.shape).abs().amax(dims) == 0).sum())
         if zeros:
             return f"{zeros} of its {settings.per}s are zero, which has no place on the sphere; initialize them"
     return None
