@@ -7,7 +7,7 @@ is.
 
 from .diagnostics.clusters import ClusterReport, LayerClusters, cluster_report
 from .diagnostics.flips import FlipRatio, flip_ratio
-from .export.counting import Complexity, Cost, LayerComplexity, complexity
+from .export.complexity import Complexity, Cost, LayerComplexity, complexity
 from .geometry import ball, sphere
 from .geometry.exponential import exp_map, log_map, mobius_add, mobius_scale
 from .host.selection import binary_convolutions, by_class, by_name

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hbnn_plugin.export import to_openvino
-from hbnn_plugin.export.xnor import XnorModel
+from hbnn_plugin.export.openvino_model import XnorModel
 
 
 def export(model: nn.Module, x: Tensor, **options: Any) -> XnorModel:

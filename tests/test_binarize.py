@@ -13,7 +13,7 @@ from torch.optim import SGD
 
 import hbnn_plugin
 from full_precision_nets import BINARIZED, both, classes, resnet
-from hbnn_plugin.retrofit.binarize import BinaryConv2d, SignConv2d, sign
+from hbnn_plugin.retrofit.binary_layers import BinaryConv2d, SignConv2d, sign
 from tiny_hosts import batch, clusters, same_state, state, train
 
 

@@ -14,7 +14,7 @@ from torch.optim import SGD
 import hbnn_plugin
 from full_precision_nets import BINARIZED, both, classes, resnet
 from hbnn_plugin import by_class, by_name
-from hbnn_plugin.retrofit.binarize import BinaryConv2d
+from hbnn_plugin.retrofit.binary_layers import BinaryConv2d
 from tiny_hosts import IrConv, batch, clusters, same_state, state, tiny_net, train
 
 # -- selection --------

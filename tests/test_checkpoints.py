@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam
 
 import hbnn_plugin
 from hbnn_plugin import by_name
-from hbnn_plugin.host.convolved import pack_bits
+from hbnn_plugin.host.bits import pack_bits
 from tiny_hosts import (
     BINARY_LAYERS,
     HardBinaryConv,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import hbnn_plugin
 from full_precision_nets import BINARIZED, resnet
 from hbnn_plugin.export import load_packed, save_packed
-from hbnn_plugin.export.counting import Complexity, LayerComplexity, complexity
+from hbnn_plugin.export.complexity import Complexity, LayerComplexity, complexity
 from hosts import HOSTS
 from hosts.networks import NETWORKS, resnet8
 from idiom_hosts import BinBlock, ClippedConv

@@ -16,7 +16,8 @@ from torch.optim import SGD
 
 import hbnn_plugin
 from hbnn_plugin import by_class, by_name, cluster_report, flip_ratio
-from hbnn_plugin.host.convolved import binary_value, convolved_weight, is_two_valued, pack_bits, unpack_bits
+from hbnn_plugin.host.bits import binary_value, is_two_valued, pack_bits, unpack_bits
+from hbnn_plugin.host.convolved import convolved_weight
 from tiny_hosts import (
     BINARY_LAYERS,
     HOSTS,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hbnn_plugin
-from hbnn_plugin.export.binary_graph import binarize
+from hbnn_plugin.export.binary_graph import with_binary_convolutions
 from hbnn_plugin.export.folding import fold
 from tiny_hosts import IrConv, tiny_net
 
@@ -81,6 +81,6 @@ def test_a_host_that_keeps_a_weight_with_its_history_can_be_looked_at() -> None:
 def test_wrappers_are_looked_through(how: str) -> None:
     net, x = tiny_net(), torch.randn(2, 3, 6, 6)
     wrapped: nn.Module = nn.DataParallel(net) if how == "DataParallel" else torch.compile(net, backend="eager")  # type: ignore[assignment]
-    layers = [layer.name for layer in binarize(fold(wrapped, x), wrapped)[1]]
+    layers = [layer.name for layer in with_binary_convolutions(fold(wrapped, x), wrapped)[1]]
     assert layers == ["conv1", "conv2"]
     assert list(hbnn_plugin.complexity(wrapped, (3, 6, 6))) == list(hbnn_plugin.complexity(net, (3, 6, 6)))

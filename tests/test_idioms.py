@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 import hbnn_plugin
-from hbnn_plugin.host.convolved import is_two_valued
+from hbnn_plugin.host.bits import is_two_valued
 from hosts import HOSTS as EXAMPLE_HOSTS
 from idiom_hosts import (
     AddedLater,

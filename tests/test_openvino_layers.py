@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hbnn_plugin.retrofit import binarize
+from hbnn_plugin.retrofit import binary_layers
 from openvino_layers import Layer, binary, clipped, export, minus_at_zero, plus_at_zero, whole_numbers
 
 pytest.importorskip("openvino")
@@ -92,7 +92,7 @@ TWO_VALUED = {
     "turned": lambda x: -plus_at_zero(x),
     "scaled": lambda x: 0.5 * plus_at_zero(x),
     "channels last": lambda x: plus_at_zero(x).contiguous(memory_format=torch.channels_last),
-    "plugin": binarize.sign,
+    "plugin": binary_layers.sign,
 }
 
 

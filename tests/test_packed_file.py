@@ -13,7 +13,7 @@ import torch
 import hbnn_plugin
 from hbnn_plugin.export import save_packed
 from hbnn_plugin.export.capture import binary_weights
-from hbnn_plugin.host.convolved import unpack_bits
+from hbnn_plugin.host.bits import unpack_bits
 from packed_files import header, stored
 from tiny_hosts import ScaledConv, tiny_net
 from training_helpers import trained

@@ -15,9 +15,14 @@ import hbnn_plugin
 from geoopt_loop import newton_schulz
 from hbnn_plugin.cluster.epc import find
 from hbnn_plugin.geometry.exponential import exp_map
-from hbnn_plugin.geometry.spectral import orthogonal_factor, orthogonal_factors
+from hbnn_plugin.geometry.spectral import orthogonal_factors
 from tiny_hosts import SmoothConv, loss_of, same_state, state
 from training_helpers import applied
+
+
+def orthogonal_factor(matrix: Tensor) -> Tensor:
+    (factor,) = orthogonal_factors([matrix])
+    return factor
 
 
 @given(st.integers(1, 12), st.integers(1, 40), st.floats(-30, 30), st.integers(0, 1000))

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 import hbnn_plugin
 from hbnn_plugin.export import to_openvino
 from hbnn_plugin.export.folding import fold
-from hbnn_plugin.export.xnor import runtime_core
+from hbnn_plugin.export.openvino_model import runtime_core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hbnn_plugin.export.folding import Folded
-    from hbnn_plugin.export.xnor import XnorModel
+    from hbnn_plugin.export.openvino_model import XnorModel
 
 __all__ = [
     "APPLIED",

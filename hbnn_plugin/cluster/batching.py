@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..geometry.exponential import exp_maps
-from ..geometry.passes import traced
+from ..geometry.looking import traced
 from .parametrization import Parametrized
 
 __all__ = ["install_batching", "remove_batching"]

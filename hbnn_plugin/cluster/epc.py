@@ -20,13 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry.ball import MARGIN
+from ..geometry.dtypes import scalar_dtype, working_dtype
 from ..geometry.exponential import Map, exp_map, log_map, mobius_scale
-from ..geometry.passes import combine, inner, scalar_dtype, working_dtype
+from ..geometry.passes import combine, inner
 from ..geometry.scalars import Radius
+from ..host.selection import own_class
 from ..host.sharding import whole
 from .settings import Settings
 
-__all__ = ["EPC", "INPLACE_SUFFIX", "alive", "find"]
+__all__ = ["EPC", "INPLACE_SUFFIX", "alive", "applied_layers", "find", "own_radius"]
 
 _ALIVE: weakref.WeakSet[EPC] = weakref.WeakSet()
 _ALIVE_LOCK = threading.RLock()
@@ -52,6 +54,26 @@ def find(module: nn.Module) -> dict[str, EPC]:
         if isinstance(child, EPC) and name.endswith(INPLACE_SUFFIX):
             found[name.removesuffix(INPLACE_SUFFIX)] = child
     return found
+
+
+def applied_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, EPC]]:
+    """Layer name → (module, tensor name, cluster) of an applied model. Raises ValueError if there is none."""
+    found: dict[str, tuple[nn.Module, str, EPC]] = {}
+    for name, module in model.named_modules():
+        clusters = find(module)
+        for tensor_name, epc in clusters.items():
+            label = name or own_class(module).__name__
+            found[label if len(clusters) == 1 else f"{label}.{tensor_name}"] = (module, tensor_name, epc)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no exponential parametrization: call hbnn_plugin.apply(model) first"
+        )
+    return found
+
+
+def own_radius(radius: float, scale: Tensor | None) -> Radius:
+    """r in a weight's own units: x = s·EPC(v/s) is EPC in the ball of radius r/s²."""
+    return radius if scale is None else radius / scale.to(scalar_dtype(scale.device)) ** 2
 
 
 class EPC(nn.Module, ABC):
@@ -117,7 +139,7 @@ class EPC(nn.Module, ABC):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=w.device))
         # Not a buffer: bits are not to be averaged (EMA), cast or broadcast (DDP). It travels in the extra state.
         self.flip_reference = torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
-        self.restart(weight)
+        self._start(weight)
         self._live()
 
     # -- what a mode supplies ----------------------------------------------------------------------------------------
@@ -158,10 +180,8 @@ class EPC(nn.Module, ABC):
 
     @property
     def radius(self) -> Radius:
-        """r in the weight's own units: x = s·EPC(v/s) is EPC in the ball of radius r/s²."""
-        if self.scale is None:
-            return self.settings.radius
-        return self.settings.radius / self.scale.to(scalar_dtype(self.scale.device)) ** 2
+        """r in the weight's own units."""
+        return own_radius(self.settings.radius, self.scale)
 
     def map_of(self, latent: Tensor) -> Map:
         """The map that makes a weight of the latent, in the logical shape; float32 or better."""
@@ -200,8 +220,8 @@ class EPC(nn.Module, ABC):
         return log_map(self.point, target, self.radius, self.settings.geometry, self.dims), moved
 
     @torch.no_grad()
-    def restart(self, weight: Tensor) -> None:
-        """Put the point at its start for this weight and forget its motion.
+    def _start(self, weight: Tensor) -> None:
+        """Put the point at its start for this weight.
 
         In the ball p = start ⊗ W: 0 is the origin, 1 the weight itself (v = 0). On the sphere it is the weight.
         """
@@ -209,14 +229,8 @@ class EPC(nn.Module, ABC):
         start = self.settings.start
         if self.settings.space == "sphere" or start == 1:
             self.point.copy_(w)
-        elif start == 0:
-            self.point.zero_()
-        else:
+        elif start > 0:
             self.point.copy_(mobius_scale(start, w, self.radius, self.dims))
-        if self.momentum is not None:
-            self.momentum.zero_()
-        self.mean_square.zero_()
-        self.steps.zero_()
 
     def _into_space(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """w with its length changed where it has to be, and a flag a point that says where."""

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..geometry.exponential import Map, exp_maps, pull_back
-from ..geometry.passes import chosen, recorded, traced
+from ..geometry.looking import recorded, traced
 from ..host.sharding import is_sharded, sharded_like, whole
 from .epc import EPC, INPLACE_SUFFIX
 from .watching import StepWatch
 
 __all__ = ["InPlace", "edited", "enter", "leave"]
+
+T = TypeVar("T")
 
 _SAME = 8.0
 """A weight within so many roundings of the mapped one is the mapped one: computed elsewhere it rounds otherwise."""
@@ -133,7 +135,11 @@ class InPlace(EPC):
         return edited(weight, self.logical(self.weight_of(self.latent)), self.dims)
 
     def honour(self, changed: Tensor) -> Tensor:
-        """Take the weight into the latent, through the inverse map, at these points; at which its length was lost."""
+        """Take the weight into the latent, through the inverse map, at these points.
+
+        Returns:
+            One bool a point: where the weight's length could not be kept.
+        """
         weight = self.logical(whole(self.parameter.detach()))
         finite = weight.isfinite().all(self.dims, keepdim=True) if self.dims else weight.isfinite()
         inverse, outside = self.inverse(torch.where(changed & finite, weight.to(self.point.dtype), self.point))
@@ -237,7 +243,7 @@ def leave(clusters: Sequence[InPlace]) -> None:
         for epc in clusters
         if epc.upstream is not None and (grad := epc.parameter.grad) is not None
     ]
-    for _, upstream, _ in chosen(stepped, [~whole(grad).any() for *_, grad in stepped]):
+    for _, upstream, _ in _chosen(stepped, [~whole(grad).any() for *_, grad in stepped]):
         upstream.zero_()  # as the step has cleared its own
     for epc, upstream, _ in stepped:
         epc.parameter.grad = upstream
@@ -248,9 +254,21 @@ def leave(clusters: Sequence[InPlace]) -> None:
 def _honour_edits(clusters: Sequence[InPlace]) -> None:
     """Take what the hosts did to their weights into the latents, through the inverse map, and only where they did."""
     left = [(epc, epc.written) for epc in clusters if epc.written is not None]
-    untouched = {epc for epc, _ in chosen(left, [(written == epc.fingerprint()).all() for epc, written in left])}
+    untouched = {epc for epc, _ in _chosen(left, [(written == epc.fingerprint()).all() for epc, written in left])}
     edits = [(epc, epc.edits()) for epc in clusters if epc not in untouched]
-    honoured = [(epc, epc.honour(where)) for epc, where in chosen(edits, [where.any() for _, where in edits])]
+    honoured = [(epc, epc.honour(where)) for epc, where in _chosen(edits, [where.any() for _, where in edits])]
     to_warn = [(epc, outside) for epc, outside in honoured if epc.may_warn]
-    for epc, outside in chosen(to_warn, [outside.any() for _, outside in to_warn]):
+    for epc, outside in _chosen(to_warn, [outside.any() for _, outside in to_warn]):
         epc.warn_of_lost_lengths(int(outside.sum()))
+
+
+def _chosen(items: Sequence[T], flags: Iterable[Tensor]) -> list[T]:
+    """The items whose flag, one bool each, is True; where looking at values means waiting, one wait for all."""
+    flags = list(flags)
+    if flags and recorded():
+        raise RuntimeError(
+            "in-place mode looks at values in the optimizer's step, which a CUDA graph cannot record: let it record "
+            "forward and backward alone, or apply with mode='parametrize'"
+        )
+    values = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+    return [item for item, value in zip(items, values, strict=True) if value]

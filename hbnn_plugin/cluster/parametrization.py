@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..geometry.exponential import Mapped, exp_map_mapped
-from ..geometry.passes import checksum, recorded, traced
+from ..geometry.looking import checksum, recorded, traced
 from ..host.sharding import whole
 from .epc import EPC, find
 from .watching import StepWatch

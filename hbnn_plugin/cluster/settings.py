@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from ..geometry import ball, sphere
 from ..geometry.scalars import Space
 
-__all__ = ["DEFAULT_RADIUS", "Mode", "Order", "Per", "Rule", "Settings", "SpaceName"]
+__all__ = ["SPACES", "Mode", "Order", "Per", "Rule", "Settings", "SpaceName", "make_settings"]
 
-_SPACES: dict[str, Space] = {"ball": ball, "sphere": sphere}
-DEFAULT_RADIUS = {"ball": 0.05, "sphere": 1.0}
+SPACES: dict[str, Space] = {"ball": ball, "sphere": sphere}
+_RADIUS = {"ball": 0.05, "sphere": 1.0}
 """[HBNN] Table I: HBNN (ball) is best at 0.05, SBNN (sphere) at 1.0."""
 
 SpaceName = Literal["ball", "sphere"]
@@ -28,17 +28,17 @@ _CHOICES = {"space": get_args(SpaceName), "per": get_args(Per), "rule": get_args
 class Settings:
     """One layer's choices; :func:`hbnn_plugin.apply` says what each means. Raises ValueError or TypeError."""
 
-    space: SpaceName = "ball"
-    radius: float = DEFAULT_RADIUS["ball"]
-    per: Per = "filter"
-    rule: Rule = "mobius"
-    order: Order = "simultaneous"
-    relative: bool = False
-    start: float = 0.0
-    point_lr: float = 1.0
-    point_lr_power: float = 1.0
-    point_momentum: float = 0.0
-    point_decay: float = 0.0
+    space: SpaceName
+    radius: float
+    per: Per
+    rule: Rule
+    order: Order
+    relative: bool
+    start: float
+    point_lr: float
+    point_lr_power: float
+    point_momentum: float
+    point_decay: float
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -87,20 +87,33 @@ class Settings:
     @property
     def geometry(self) -> Space:
         """The module of formulas of this space."""
-        return _SPACES[self.space]
+        return SPACES[self.space]
 
     def __str__(self) -> str:
-        shown = [
-            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name in ("space", "radius", "per", "rule")
-        ]
-        shown += [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)
-            if f.name not in ("space", "radius", "per", "rule") and getattr(self, f.name) != self._default(f.name)
-        ]
-        return ", ".join(shown)
+        default = make_settings(self.space, self.rule)
+        always = ("space", "radius", "per", "rule")
+        changed = (name for name, value in asdict(self).items() if value != getattr(default, name))
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in dict.fromkeys((*always, *changed)))
 
-    def _default(self, name: str) -> Any:
-        if name == "start":
-            return 1.0 if self.space == "sphere" else 0.0
-        return next(f.default for f in fields(self) if f.name == name)
+
+_SPECTRAL = {"point_lr": 0.15, "point_lr_power": 0.75, "point_momentum": 0.95, "point_decay": 0.02}
+"""Of a tuned IR-Net and ReCU, see the README."""
+_OTHERS = {"point_lr": 1.0, "point_lr_power": 1.0, "point_momentum": 0.0, "point_decay": 0.0}
+
+
+def make_settings(
+    space: SpaceName = "ball",
+    rule: Rule | None = None,
+    per: Per = "filter",
+    order: Order = "simultaneous",
+    relative: bool = False,
+    **numbers: float | None,
+) -> Settings:
+    """The options of :func:`hbnn_plugin.apply`, with the defaults that depend on space and rule in place of None."""
+    rule = rule or ("spectral" if space == "ball" else "mobius")
+    defaults = {"radius": _RADIUS.get(space, 1.0), "start": 1.0 if space == "sphere" else 0.0}
+    defaults |= _SPECTRAL if rule == "spectral" else _OTHERS
+    if space == "sphere":
+        defaults["point_decay"] = 0.0
+    given = {name: value for name, value in numbers.items() if value is not None}
+    return Settings(space=space, rule=rule, per=per, order=order, relative=relative, **(defaults | given))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..geometry.passes import checksum
+from ..geometry.looking import checksum
 from .epc import EPC
 
 __all__ = ["StepWatch"]

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .flips import applied_layers, current_bits
+from ..cluster.epc import applied_layers
+from ..cluster.reference import current_bits
 from .tables import ByLayer, table
 
 __all__ = ["ClusterReport", "LayerClusters", "cluster_report"]

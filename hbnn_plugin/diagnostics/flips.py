@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..cluster.epc import EPC, find
-from ..host.convolved import binary_value, convolved_weight, pack_bits, unpack_bits
-from ..host.selection import own_class
+from ..cluster.epc import applied_layers
+from ..cluster.reference import current_bits
+from ..host.bits import pack_bits, unpack_bits
 from .tables import ByLayer, table
 
-__all__ = ["FlipRatio", "applied_layers", "binary_bits", "current_bits", "flip_ratio", "set_reference"]
+__all__ = ["FlipRatio", "flip_ratio"]
 
 
 class FlipRatio(ByLayer[float]):
@@ -34,39 +33,6 @@ class FlipRatio(ByLayer[float]):
             ("total", str(sum(self.weights.values())), str(sum(self.flips.values())), f"{100 * self.total:.2f} %")
         )
         return table("flip ratio since the reference", ("layer", "weights", "flips", "ratio"), rows)
-
-
-def applied_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, EPC]]:
-    """Layer name → (module, tensor name, cluster) of an applied model. Raises ValueError if there is none."""
-    found: dict[str, tuple[nn.Module, str, EPC]] = {}
-    for name, module in model.named_modules():
-        clusters = find(module)
-        for tensor_name, epc in clusters.items():
-            label = name or own_class(module).__name__
-            found[label if len(clusters) == 1 else f"{label}.{tensor_name}"] = (module, tensor_name, epc)
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no exponential parametrization: call hbnn_plugin.apply(model) first"
-        )
-    return found
-
-
-def current_bits(module: nn.Module, tensor_name: str, epc: EPC) -> Tensor:
-    """The layer's binary weight now, one bool a weight, on the CPU: what its forward convolves with, else its sign."""
-    with torch.no_grad():
-        weight: Tensor = getattr(module, tensor_name)
-    return binary_bits(weight, convolved_weight(module, epc.shape, weight), epc.shape, epc.unit_dims)
-
-
-def binary_bits(weight: Tensor, convolved: Tensor | None, shape: tuple[int, ...], unit_dims: tuple[int, ...]) -> Tensor:
-    """One bool a weight, on the CPU: the upper of the two convolved values, else the weight's sign."""
-    bits = weight.detach() > 0 if convolved is None else binary_value(convolved.reshape(shape), unit_dims)
-    return bits.flatten().cpu()
-
-
-def set_reference(module: nn.Module, tensor_name: str, epc: EPC) -> None:
-    """Count flips of this layer from its binary weight as it is now."""
-    epc.flip_reference = pack_bits(current_bits(module, tensor_name, epc))
 
 
 def flip_ratio(model: nn.Module, *, reset: bool = False) -> FlipRatio:

@@ -2,7 +2,7 @@
 
 from .agreement import Agreement
 from .onnx_file import to_onnx
+from .openvino_model import XnorModel, to_openvino
 from .packed import load_packed, save_packed
-from .xnor import XnorModel, to_openvino
 
 __all__ = ["Agreement", "XnorModel", "load_packed", "save_packed", "to_onnx", "to_openvino"]

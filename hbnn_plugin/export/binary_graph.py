@@ -18,9 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..host.selection import binary_convolutions
 from .capture import unwrapped
 from .folding import Folded, SignsAndScales, add_constant, constants, convolutions, signs_and_scales
-from .steps import Step, find_step
+from .signs import Step, find_step
 
-__all__ = ["OPERATOR", "FoundLayer", "binarize"]
+__all__ = ["OPERATOR", "FoundLayer", "with_binary_convolutions"]
 
 _BYTE = 8
 """Channels come in whole bytes: OpenVINO 2026.4 gives wrong numbers for other counts of input channels, in silence."""
@@ -76,7 +76,7 @@ class FoundLayer(NamedTuple):
 
 
 @torch.no_grad()
-def binarize(folded: Folded, model: nn.Module) -> tuple[ExportedProgram, list[FoundLayer]]:
+def with_binary_convolutions(folded: Folded, model: nn.Module) -> tuple[ExportedProgram, list[FoundLayer]]:
     """The model with binary convolutions, as a program for torch's converters; the i-th binary one has ``layer`` i.
 
     Args:

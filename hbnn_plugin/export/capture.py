@@ -13,7 +13,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..cluster.epc import find
 from ..cluster.settings import Settings
-from ..host.convolved import by_unit, convolved_weight
+from ..host.bits import by_unit
+from ..host.convolved import convolved_weight
 from ..host.selection import Predicate, Selected, binary_convolutions, select
 from ..retrofit.fusing import fuse
 

@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from ..host.convolved import CONVOLUTIONS
-from ..host.running import follow
 from .capture import plain_copy, scales_of
+from .running import follow
 
 __all__ = ["Folded", "SignsAndScales", "add_constant", "constants", "convolutions", "fold", "signs_and_scales"]
 

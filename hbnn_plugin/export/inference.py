@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..host.convolved import CONVOLUTIONS, by_unit, edits_its_weight
+from ..host.bits import by_unit
+from ..host.convolved import CONVOLUTIONS, edits_its_weight
 from ..host.selection import Selected
 
 __all__ = ["hold", "is_held", "release"]

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..host.convolved import CONVOLUTIONS
-from ..host.running import follow
+from .running import follow
 
 __all__ = ["Operations", "count_operations"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..cluster.settings import Settings
-from ..host.convolved import pack_bits, unpack_bits
+from ..host.bits import pack_bits, unpack_bits
 from ..host.selection import own_class
 from .capture import BinaryWeight, signed
 from .container import Contents, PackedLayer

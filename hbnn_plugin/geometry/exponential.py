@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from . import ball
-from .joint_passes import combine_each, inner_products
-from .passes import Dims, combine, inner, largest, may_look, places_of_equals, scalar_dtype, traced, working_dtype
+from .dtypes import scalar_dtype, working_dtype
+from .joint_passes import combine_each, inner_products, places_of_equals
+from .looking import may_look, traced
+from .passes import Dims, combine, inner, largest
 from .scalars import Radius, Slopes, Space, scalar, side_by_side
 
 __all__ = [

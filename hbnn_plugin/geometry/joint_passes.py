@@ -9,18 +9,27 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .passes import Dims, covers_rows, inner, lie_alike, rows_of, scalar_dtype
+from .dtypes import scalar_dtype
+from .passes import Dims, covers_rows, inner, lie_alike, rows_of
 
-__all__ = ["combine_each", "inner_products"]
+__all__ = ["combine_each", "inner_products", "places_of_equals"]
 
 _SMALL, _SMALL_ELSEWHERE = 2**16, 2**20
 """Up to so many numbers, on a CPU and elsewhere, the calls that are saved by putting a tensor beside others cost more
 than copying it. (Measured on CPUs; a GPU copies faster and calls no faster.)"""
+
+
+def places_of_equals(keys: Iterable[object]) -> list[list[int]]:
+    """For each key, where among all it stands: what is alike is worked on together."""
+    found: dict[object, list[int]] = defaultdict(list)
+    for i, key in enumerate(keys):
+        found[key].append(i)
+    return [*found.values()]
 
 
 def inner_products(
@@ -37,10 +46,10 @@ def inner_products(
     ``exact``: sums in float64.
     """
     found: dict[int, Tensor] = {}
-    alike: dict[object, list[int]] = defaultdict(list)
+    small: list[int] = []
     for n, (x, *_) in enumerate(vectors):
         if x.ndim > 1 and 0 < x.numel() <= (_SMALL if x.is_cpu else _SMALL_ELSEWHERE) and covers_rows(dims[n], x.ndim):
-            alike[x.numel() // len(x), x.dtype, x.device].append(n)
+            small.append(n)
         else:
             xs, memory = vectors[n], scratch[n] if scratch else None
             if exact:
@@ -48,7 +57,9 @@ def inner_products(
             elif memory is None:
                 memory = torch.empty_like(x)
             found[n] = torch.stack([inner(xs[i], xs[j], dims[n], scratch=memory) for i, j in pairs]).flatten(1)
-    for members in alike.values():
+    firsts = [vectors[n][0] for n in small]
+    for places in places_of_equals((x.numel() // len(x), x.dtype, x.device) for x in firsts):
+        members = [small[place] for place in places]
         products = _side_by_side([vectors[n] for n in members], pairs, exact)
         sizes = [len(vectors[n][0]) for n in members]
         for n, part in zip(members, products.split(sizes, dim=1)):

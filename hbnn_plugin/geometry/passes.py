@@ -10,87 +10,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .dtypes import scalar_dtype
+from .looking import traced
+
 __all__ = [
     "Dims",
-    "checksum",
-    "chosen",
     "combine",
     "covers_rows",
     "inner",
     "largest",
     "lie_alike",
-    "may_look",
-    "places_of_equals",
-    "recorded",
     "rows_of",
-    "scalar_dtype",
-    "traced",
-    "working_dtype",
 ]
-
-T = TypeVar("T")
 
 Dims = tuple[int, ...]
 """The dimensions of one point; the others count points."""
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 or better: in half precision a point at the margin has no digits left for its distance to the edge."""
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
-
-
-def scalar_dtype(device: torch.device) -> torch.dtype:
-    """float64 for what is one number a point, but on Apple's GPUs and some of Intel's, which have none."""
-    lacking = device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
-    return torch.float32 if lacking else torch.float64
-
-
-def may_look(x: Tensor) -> bool:
-    """Whether x's values are known without waiting: on a CPU. Elsewhere looking at them costs a synchronisation."""
-    return x.is_cpu
-
-
-def chosen(items: Sequence[T], flags: Iterable[Tensor]) -> list[T]:
-    """The items whose flag, one bool each, is True; where looking at values means waiting, one wait for all."""
-    flags = list(flags)
-    if flags and recorded():
-        raise RuntimeError(
-            "in-place mode looks at values in the optimizer's step, which a CUDA graph cannot record: let it record "
-            "forward and backward alone, or apply with mode='parametrize'"
-        )
-    values = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
-    return [item for item, value in zip(items, values, strict=True) if value]
-
-
-def traced() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace is looking: then plain operations, and nothing kept."""
-    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
-
-
-def places_of_equals(keys: Iterable[object]) -> list[list[int]]:
-    """For each key, where among all it stands: what is alike is worked on together."""
-    found: dict[object, list[int]] = defaultdict(list)
-    for i, key in enumerate(keys):
-        found[key].append(i)
-    return [*found.values()]
-
-
-def checksum(x: Tensor) -> float:
-    """The sum of all of x, for telling whether it has changed."""
-    return float(x.detach().to(scalar_dtype(x.device)).sum().nan_to_num())
-
-
-def recorded() -> bool:
-    """Whether a CUDA graph is being recorded, which looking at a value would end with an error."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def inner(x: Tensor, y: Tensor, dims: Dims, *, scratch: Tensor | None = None) -> Tensor:

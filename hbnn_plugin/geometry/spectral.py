@@ -21,20 +21,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .passes import largest, places_of_equals
+from .joint_passes import places_of_equals
+from .passes import largest
 
-__all__ = ["longer_side", "orthogonal_factor", "orthogonal_factors"]
+__all__ = ["longer_side", "orthogonal_factors"]
 
 _STEPS = 5
 _POLYNOMIAL = (3.4445, -4.7750, 2.0315)
 _BLOCK = 64
 """At most so many rows at a time, unless the columns are as few; the widest layers that were measured had as many."""
-
-
-def orthogonal_factor(matrix: Tensor) -> Tensor:
-    """U Vᵀ of a float32 or float64 matrix, or of each in a stack (..., m, n), approximately; zero for a zero matrix."""
-    (factors,) = _factors([matrix.reshape(-1, *matrix.shape[-2:])])
-    return factors.reshape(matrix.shape)
 
 
 def _factors(stacks: Sequence[Tensor]) -> list[Tensor]:
@@ -79,7 +74,10 @@ def longer_side(rows: int, columns: int) -> int:
 
 
 def orthogonal_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """The factor of each matrix, in blocks of rows if it is large; they are worked out together."""
+    """U Vᵀ of each float32 or float64 matrix, approximately; zero for a zero matrix.
+
+    In blocks of rows if it is large; they are worked out together.
+    """
     stacks = [_in_blocks(matrix) for matrix in matrices]
     # On a CPU each large one by itself: fresh memory for several costs more than the calls that it saves.
     large = [stack.is_cpu and len(stack) > 1 for stack in stacks]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .convolved import convolved_weight, edits_its_weight, is_two_valued
+from .bits import is_two_valued
+from .convolved import convolved_weight, edits_its_weight
 from .selection import LIBRARIES, Selected, names_in_methods, own_class
 
 __all__ = ["held_elsewhere", "reason_for_inplace"]

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from ..cluster.settings import Mode, Order, Per, Rule, SpaceName
+from ..cluster.settings import Mode, Order, Per, Rule, SpaceName, make_settings
 from ..host.selection import by_name
-from ..retrofit.apply import Binarize, make_settings
+from ..retrofit.apply import Binarize
 from .interception import Interception
 from .report import check_report, write_report
 
@@ -83,22 +83,28 @@ def _say(message: str) -> None:
 
 def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None, list[str], bool]:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,  # _split knows none
         prog="python -m hbnn_plugin",
         usage="python -m hbnn_plugin [options] (script.py | -m module) [its own arguments]",
         description="Run a training script as it is, with the cluster on its binary layers.",
     )
     add = parser.add_argument
-    add("--space", choices=get_args(SpaceName))
-    add("--radius", type=float)
-    add("--per", choices=get_args(Per))
+    add("--space", choices=get_args(SpaceName), help="ball (HBNN) by default, or sphere (SBNN)")
+    add("--radius", type=float, help="r; the ball ends at 1/√r. 0.05 by default, 1 for the sphere")
+    add("--per", choices=get_args(Per), help="one point a filter by default, or one a layer")
     add("--where", action="append", metavar="REGEX", help="layers by name; may be repeated")
-    add("--binarize", choices=get_args(Binarize))
+    add("--binarize", choices=get_args(Binarize), help="binarize a full-precision model first (weights/activations)")
     add("--mode", choices=get_args(Mode), default="inplace", help="inplace by default, which suits every trainer")
-    add("--rule", choices=get_args(Rule))
-    add("--order", choices=get_args(Order))
-    add("--relative", action="store_true", default=None)
-    for name in ("start", "point-lr", "point-lr-power", "point-momentum", "point-decay"):
-        add(f"--{name}", type=float)
+    add("--rule", choices=get_args(Rule), help="how points move: spectral by default, mobius on the sphere")
+    add("--order", choices=get_args(Order), help="point and weight from one gradient by default, or the point first")
+    add("--relative", action="store_true", default=None, help="measure the radius in units of each weight's norm")
+    add(
+        "--start", type=float, help="the point's start, from the origin (0, the ball's) to the weight (1, the sphere's)"
+    )
+    add("--point-lr", type=float, help="0.15 by default, 1 with other rules than spectral")
+    add("--point-lr-power", type=float, help="0.75 and 1: the point's learning rate is point_lr * lr**point_lr_power")
+    add("--point-momentum", type=float, help="0.95 and 0")
+    add("--point-decay", type=float, help="of the point towards the origin, 0.02 and 0")
     add("--report", type=Path, metavar="DIR", help="write flips, a picture and fused copies of saved checkpoints there")
     add("-m", dest="module", metavar="MODULE", help="run a module, as python -m does")
     own, target = _split(argv, parser)

@@ -2,7 +2,8 @@
 
 ``ClusterSGD(model.parameters(), lr=0.1, momentum=0.9)`` does what ``torch.optim.SGD`` does to every parameter, and to
 the points what :func:`hbnn_plugin.apply` was told (with geoopt's manifolds for the Riemannian rules); the automatic
-stepping stands back. A parameter group may carry ``point_lr``, which overrides that of :func:`hbnn_plugin.apply`.
+stepping stands back. Both modes will do. A parameter group may carry ``point_lr``, which overrides that of
+:func:`hbnn_plugin.apply`.
 """
 
 from __future__ import annotations
@@ -54,12 +55,36 @@ class _StepsPoints(Optimizer):
 
 
 class ClusterSGD(_StepsPoints, torch.optim.SGD):
-    """torch.optim.SGD that moves the points too; ``point_lr`` overrides that of ``apply``."""
+    """torch.optim.SGD that moves the points too, of a model that :func:`hbnn_plugin.apply` was called on before.
+
+    Args:
+        params, *args, **kwargs: as of torch.optim.SGD.
+        point_lr: overrides that of ``apply``, in every parameter group that has none of its own.
+
+    Raises:
+        ValueError: no latent weight is among ``params``, or ``point_lr`` is no finite number from 0.
+    """
 
 
 class ClusterAdam(_StepsPoints, torch.optim.Adam):
-    """torch.optim.Adam that moves the points too; ``point_lr`` overrides that of ``apply``."""
+    """torch.optim.Adam that moves the points too, of a model that :func:`hbnn_plugin.apply` was called on before.
+
+    Args:
+        params, *args, **kwargs: as of torch.optim.Adam.
+        point_lr: overrides that of ``apply``, in every parameter group that has none of its own.
+
+    Raises:
+        ValueError: no latent weight is among ``params``, or ``point_lr`` is no finite number from 0.
+    """
 
 
 class ClusterAdamW(_StepsPoints, torch.optim.AdamW):
-    """torch.optim.AdamW that moves the points too; ``point_lr`` overrides that of ``apply``."""
+    """torch.optim.AdamW that moves the points too, of a model that :func:`hbnn_plugin.apply` was called on before.
+
+    Args:
+        params, *args, **kwargs: as of torch.optim.AdamW.
+        point_lr: overrides that of ``apply``, in every parameter group that has none of its own.
+
+    Raises:
+        ValueError: no latent weight is among ``params``, or ``point_lr`` is no finite number from 0.
+    """

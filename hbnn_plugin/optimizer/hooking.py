@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..cluster.inplace import InPlace
-from .stepping import PointStep, begin, end, end_inside, open_step
+from .open_steps import begin, end, end_inside, open_step
+from .stepping import PointStep
 
 __all__ = ["install"]
 

@@ -10,15 +10,14 @@ passing through the weight, such as the gradient of a penalty on the latent, is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..cluster.epc import EPC
-from ..geometry.joint_passes import combine_each, inner_products
-from ..geometry.passes import may_look
+from ..geometry.joint_passes import combine_each, inner_products, places_of_equals
+from ..geometry.looking import may_look
 from ..geometry.scalars import Radius, side_by_side
 from ..host.sharding import whole
 
@@ -80,13 +79,11 @@ def recover(
         upstream: whether G is wanted as well.
     """
 
-    def kind(i: int) -> tuple[str, ...]:
-        epc = clusters[i]
-        return epc.settings.space, str(epc.point.device), str(epc.point.dtype), str(gradients[i].dtype)
-
     results: dict[int, Recovered] = {}
-    for _, indices in groupby(sorted(range(len(clusters)), key=kind), key=kind):
-        members = list(indices)
+    for members in places_of_equals(
+        (epc.settings.space, epc.point.device, epc.point.dtype, gradient.dtype)
+        for epc, gradient in zip(clusters, gradients)
+    ):
         alike = [clusters[i] for i in members], [gradients[i] for i in members]
         results.update(zip(members, _recover_alike(*alike, grad_scale, found_inf, upstream)))
     return [results[i] for i in range(len(clusters))]

@@ -10,13 +10,12 @@ r"""How a point moves, given its gradient g = ∂L/∂p and its learning rate η
   by about ηs.
 * ``fixed``: not at all.
 
-How large η is, ``optimizer/moves.py`` tells; there stands too what changes under an optimizer of Adam's kind.
+How large η is, ``optimizer/moves.py`` tells, and what changes under an optimizer of Adam's kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from ..cluster.epc import EPC
 from ..geometry import ball
-from ..geometry.joint_passes import combine_each, inner_products
+from ..geometry.joint_passes import combine_each, inner_products, places_of_equals
 from ..geometry.passes import inner
 from ..geometry.scalars import side_by_side
 from ..geometry.spectral import orthogonal_factors
@@ -51,8 +50,9 @@ def move(steps: Sequence[Move]) -> None:
     """Make the steps, in place."""
     for step in steps:
         step.epc.moves += 1
-    for (rule, *_), group in groupby(sorted(steps, key=_kind), key=_kind):
-        together = list(group)
+    for members in places_of_equals(_kind(step) for step in steps):
+        together = [steps[i] for i in members]
+        rule = together[0].epc.settings.rule
         if all(step.found.all_valid for step in together):
             torch._foreach_add_([step.epc.steps for step in together], 1)
         else:
@@ -66,9 +66,10 @@ def move(steps: Sequence[Move]) -> None:
             _add(together, _mobius_directions(together))
 
 
-def _kind(step: Move) -> tuple[str, str, float, str, str]:
+def _kind(step: Move) -> tuple[object, ...]:
+    """What steps that are made together share."""
     chosen, point = step.epc.settings, step.epc.point
-    return chosen.rule, chosen.space, chosen.point_momentum, str(point.device), str(point.dtype)
+    return chosen.rule, chosen.space, chosen.point_momentum, point.device, point.dtype
 
 
 def _add(steps: Sequence[Move], directions: Sequence[_Direction]) -> None:

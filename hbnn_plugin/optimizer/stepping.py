@@ -13,11 +13,10 @@ in between, to what it would be at the points' new places (Algorithm 1 of [HBNN]
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,28 +27,16 @@ from ..cluster.inplace import InPlace, enter, leave
 from ..geometry.exponential import pull_back
 from ..host.sharding import sharded_like, whole
 from .moves import Move, check_point_lr, point_rate
+from .open_steps import in_progress, not_compiled
 from .recovery import Recovered, recover
 from .rules import move
 
 __all__ = [
     "PointStep",
-    "begin",
-    "end",
-    "end_inside",
     "held_clusters",
-    "in_progress",
-    "open_step",
     "require_clusters",
     "step_points",
 ]
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _not_compiled(function: F) -> F:
-    """An optimizer's step may be compiled; of its points' bookkeeping a compiler would guard on every count."""
-    eager: F = torch.compiler.disable(function)
-    return eager
 
 
 def held_clusters(optimizer: Optimizer) -> list[tuple[EPC, dict[str, Any]]]:
@@ -154,17 +141,17 @@ class PointStep:
         evaluate.points_of = self.optimizer  # type: ignore[attr-defined]
         return evaluate
 
-    @_not_compiled
+    @not_compiled
     def enter(self) -> None:
         """Let the latents into the weights of in-place hosts."""
         enter(self.swaps)
 
-    @_not_compiled
+    @not_compiled
     def leave(self) -> None:
         """Let the mapped weights back in."""
         leave(self.swaps)
 
-    @_not_compiled
+    @not_compiled
     def gather(self) -> None:
         """Recover the points' gradients, but for those that a step in progress has from the very same gradients."""
         due = []
@@ -214,7 +201,7 @@ class PointStep:
         gathered = all(pending is not None and pending.comes_from(gradient) for pending, gradient in there)
         return gathered and 0 < len(there) == len(self.pending)
 
-    @_not_compiled
+    @not_compiled
     def finish(self) -> None:
         """Move the points."""
         pending, self.pending = self.pending, {}
@@ -254,45 +241,6 @@ def _bring_back(pending: _Pending, landing: list[Tensor]) -> None:
     (found,) = recover([epc], [pending.gradient], upstream=True)
     _restore(epc, here)
     _rewrite(pending.gradient, epc, found)
-
-
-class _Open(threading.local):
-    def __init__(self) -> None:
-        # After a step that raised, its own stays, for whoever repeats it with the same gradients; but no longer than
-        # the optimizer: a notebook that starts anew after an interrupt has no room for the old model.
-        self.steps: weakref.WeakKeyDictionary[Optimizer, PointStep] = weakref.WeakKeyDictionary()
-
-
-_open = _Open()
-
-
-def in_progress() -> list[PointStep]:
-    """The steps in progress on this thread, outermost first."""
-    return list(_open.steps.values())
-
-
-@_not_compiled
-def open_step(optimizer: Optimizer) -> PointStep | None:
-    """The step of this optimizer in progress on this thread."""
-    return _open.steps.get(optimizer)
-
-
-def begin(step: PointStep) -> None:
-    """Put a step in progress on this thread, inside those that are."""
-    _open.steps[step.optimizer] = step
-
-
-def end(step: PointStep) -> None:
-    """It is in progress no longer, nor is any inside it."""
-    end_inside(step)
-    del _open.steps[step.optimizer]
-
-
-def end_inside(step: PointStep) -> None:
-    """None is in progress inside this one."""
-    steps = in_progress()
-    for inner in steps[steps.index(step) + 1 :]:
-        del _open.steps[inner.optimizer]
 
 
 def step_points(optimizer: Optimizer) -> None:

@@ -11,9 +11,10 @@ from ..cluster.batching import install_batching
 from ..cluster.epc import EPC
 from ..cluster.inplace import InPlace
 from ..cluster.parametrization import Parametrized
-from ..cluster.settings import DEFAULT_RADIUS, Mode, Order, Per, Rule, Settings, SpaceName
-from ..diagnostics.flips import binary_bits
-from ..host.convolved import convolved_weight, is_two_valued, pack_bits
+from ..cluster.reference import binary_bits
+from ..cluster.settings import Mode, Order, Per, Rule, SpaceName, make_settings
+from ..host.bits import is_two_valued, pack_bits
+from ..host.convolved import convolved_weight
 from ..host.idioms import held_elsewhere
 from ..host.selection import Predicate, Selected
 from ..optimizer.hooking import install
@@ -21,33 +22,10 @@ from .binarize import binarize_model, plan_binarization
 from .loading import install_hooks
 from .planning import Plan, check_model, check_where, make_plan
 
-__all__ = ["Binarize", "apply", "make_settings", "plan"]
+__all__ = ["Binarize", "apply", "plan"]
 
 M = TypeVar("M", bound=nn.Module)
 Binarize = Literal["1/1", "1/32"]
-
-
-_SPECTRAL = {"point_lr": 0.15, "point_lr_power": 0.75, "point_momentum": 0.95, "point_decay": 0.02}
-"""Of a tuned IR-Net and ReCU, see the README."""
-
-
-def make_settings(
-    space: SpaceName = "ball",
-    rule: Rule | None = None,
-    per: Per = "filter",
-    order: Order = "simultaneous",
-    relative: bool = False,
-    **numbers: float | None,
-) -> Settings:
-    """Options of :func:`apply`, with the defaults that depend on space and rule in place of None."""
-    rule = rule or ("spectral" if space == "ball" else "mobius")
-    defaults = {"radius": DEFAULT_RADIUS.get(space, 1.0), "start": 1.0 if space == "sphere" else 0.0}
-    if rule == "spectral":
-        defaults |= _SPECTRAL
-    if space == "sphere":
-        defaults["point_decay"] = 0.0
-    given = {name: value for name, value in numbers.items() if value is not None}
-    return Settings(space=space, rule=rule, per=per, order=order, relative=relative, **(defaults | given))
 
 
 def plan(
@@ -161,7 +139,8 @@ def apply(
         TypeError: not a module, or an option that is not a number.
 
     Warns:
-        UserWarning: weights lay outside the ball; a selected layer does not convolve with a two-valued weight.
+        UserWarning: weights lay outside the ball; a selected layer does not convolve with a two-valued weight, or could
+            not be run on a small input to see what it convolves with.
     """
     made = plan(
         model,

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cluster.epc import INPLACE_SUFFIX
-from ..cluster.settings import Settings
+from ..cluster.epc import INPLACE_SUFFIX, own_radius
+from ..cluster.settings import SPACES
 from ..geometry.exponential import exp_map
-from ..geometry.passes import scalar_dtype
 
 __all__ = [
     "GEOMETRY",
@@ -111,12 +110,7 @@ def mapped(latent: Tensor, state_dict: Mapping[str, Any], inside: str) -> Tensor
     layout = described(state_dict[inside + "_extra_state"])
     if layout is None:
         raise ValueError(f"a cluster's settings in the checkpoint ({inside}_extra_state) are damaged")
-    names = Settings.__dataclass_fields__
-    settings = Settings(**{key: value for key, value in layout.items() if key in names})
-    radius: float | Tensor = settings.radius
-    if settings.relative:
-        scale = state_dict[inside + "scale"]
-        radius = radius / scale.to(scalar_dtype(scale.device)) ** 2
+    radius = own_radius(layout["radius"], state_dict[inside + "scale"] if layout["relative"] else None)
     point = state_dict[inside + "point"]
     v = latent.detach().reshape(layout["shape"])
-    return exp_map(point, v, radius, settings.geometry, tuple(layout["dims"])).reshape(latent.shape)
+    return exp_map(point, v, radius, SPACES[layout["space"]], tuple(layout["dims"])).reshape(latent.shape)

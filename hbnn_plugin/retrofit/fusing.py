@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from ..cluster.batching import remove_batching
-from ..cluster.epc import EPC
-from ..diagnostics.flips import applied_layers
+from ..cluster.epc import EPC, applied_layers
 from ..host.sharding import is_sharded
 from .binarize import fuse_binarized
 from .loading import remove_hooks

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..cluster.epc import EPC, find
 from ..cluster.inplace import InPlace, edited
-from ..diagnostics.flips import set_reference
+from ..cluster.reference import set_reference
 from .checkpoint import GEOMETRY, described, is_cluster_key, layer_of, mapped, places
 
 __all__ = ["install_hooks", "remove_hooks"]

@@ -25,11 +25,15 @@ class Plan:
     """The layers that apply would take, in order; ``repr`` is a table."""
 
     settings: Settings
+    """The options, defaults filled in."""
     layers: tuple[Selected, ...]
+    """Name, module, weight and shape of each."""
     mode: Mode = "parametrize"
+    """``"parametrize"`` or ``"inplace"``."""
     reason: str | None = None
     """Why the mode is not ``"parametrize"``, if it was left to the plugin."""
     binarize: str | None = None
+    """What a full-precision model is made first: ``"1/1"``, ``"1/32"`` or nothing."""
 
     def __len__(self) -> int:
         return len(self.layers)

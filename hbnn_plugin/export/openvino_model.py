@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..diagnostics.tables import table
-from ..host.convolved import pack_bits
+from ..host.bits import pack_bits
 from .agreement import Agreement, agreement
-from .binary_graph import OPERATOR, binarize
+from .binary_graph import OPERATOR, with_binary_convolutions
 from .folding import fold
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def to_openvino(
     """
     ov = _openvino()
     folded = fold(model, example_input)
-    program, found = binarize(folded, model)
+    program, found = with_binary_convolutions(folded, model)
     if not found:
         raise ValueError(f"no convolution of {type(model).__name__} has binary weights in evaluation mode")
     extension = ov.frontend.pytorch.ConversionExtension(f"{OPERATOR.replace('::', '.')}.default", _translation(ov))
