@@ -14,18 +14,27 @@ import hbnn_plugin
 __all__ = ["circumstances"]
 
 
+RESULTS = "results"
+"""Beside this file: to this folder runs add their lines, which is no change of the code."""
+
+
 @cache
 def circumstances(count: int, unit: str = "CPU thread") -> dict[str, str]:
-    """Commit ("+": with uncommitted changes), machine and how much of it was used, versions."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """Commit ("+": with uncommitted changes), machine and how much of it was used, versions; as at the first call."""
+    commit = _git("describe", "--always") or "unknown"
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
-        "commit": commit,
+        "commit": commit + "+" * bool(changed),
         "machine": f"{device}, {count} {unit}{'s' * (count > 1)}",
         "torch": torch.__version__,
         "plugin": hbnn_plugin.__version__,
     }
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _processor() -> str:

@@ -42,6 +42,8 @@ CLUSTER_OPTIONS = {
 }
 """Options of ``hbnn_plugin.apply``; left out, the library's own defaults hold."""
 
+ARCHS = [name for name in sorted(NETWORKS) if not name.endswith("_imagenet")]
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
@@ -69,6 +71,7 @@ def run(args: argparse.Namespace, cluster: dict[str, Any]) -> dict[str, Any]:
         **vars(recipe),
         **{name: getattr(args, name) for name in ("host", "arch", "size", "limit", "channels_last", "hbnn")},
         "cluster": cluster,
+        "dataset_crc32": cifar.checksum(args.data),
     }
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     train, test = (images.to(device) for images in cifar.load(args.data, args.size, args.limit))
@@ -176,7 +179,12 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for checkpoint, log, final weights and result (%(default)s)",
     )
     add("--host", choices=sorted(HOSTS), default="irnet", help="which binary convolution (%(default)s)")
-    add("--arch", choices=sorted(NETWORKS), default="resnet20", help="which network (%(default)s)")
+    add(
+        "--arch",
+        choices=ARCHS,
+        default="resnet20",
+        help="which network (%(default)s)",
+    )
     add("--epochs", type=_positive, default=120, help="epochs of the cosine schedule (%(default)s)")
     add("--batch-size", type=_positive, default=128, help="images a step (%(default)s)")
     add("--lr", type=float, default=0.1, help="learning rate at the start (%(default)s)")

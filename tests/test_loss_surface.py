@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from images import Images
-from reproduction.surface import axis, loss_surface
+from reproduction.loss_surface import axis, loss_surface
 
 
 def network() -> nn.Module:

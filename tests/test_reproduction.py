@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import cifar
+from locks import occupied
 from reproduction import ledger
 from reproduction.arms import ARMS
-from reproduction.pool import require_same_images
+from reproduction.pool import require_same_images, run_missing
 from reproduction.presets import PRESETS
 from reproduction.protocol import Case, Lines, Study
 from reproduction.runs import Run, execute
@@ -180,6 +182,42 @@ def test_the_ledger_survives_a_torn_last_line_and_names_a_damaged_one(tmp_path: 
     path.write_text('{"a": 1}\n{"b": \n{"c": 3}\n')
     with pytest.raises(ValueError, match="line 2"):
         ledger.read(path)
+
+
+def test_lines_that_several_processes_add_at_once_all_stay(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    code = "import sys, pathlib\nfrom reproduction import ledger\n"
+    code += "for i in range(100): ledger.append(pathlib.Path(sys.argv[1]), {'of': sys.argv[2], 'i': i})"
+    environment = {**os.environ, "PYTHONPATH": str(REPRODUCE.parent)}
+    started = [subprocess.Popen([sys.executable, "-c", code, str(path), name], env=environment) for name in "ab"]
+    assert [process.wait(120) for process in started] == [0, 0]
+    assert sorted((entry["of"], entry["i"]) for entry in ledger.read(path)) == [
+        (n, i) for n in "ab" for i in range(100)
+    ]
+
+
+def test_two_studies_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    refused = pytest.raises(ValueError, match=r"another process is training in .*runs: .*--runs")
+    with occupied(tmp_path / "runs"), refused:
+        run_missing(study(), tmp_path, tmp_path / "lines.jsonl", tmp_path / "runs", 1)
+    with occupied(tmp_path / "runs"):
+        pass
+
+
+def test_a_run_is_not_continued_on_other_images(data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    for path in other.rglob("*.bin"):  # as another copy of the images would differ
+        path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+    run = study().run(CASE, "HBNN", 0.1, 5e-4, 3, 0, "test")
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(run, data, tmp_path / "runs", stop)
+    there, alone = (execute(run, other, tmp_path / folder) for folder in ("runs", "alone"))
+    assert {**there, "seconds": 0} == {**alone, "seconds": 0}
 
 
 def test_lines_from_another_copy_of_the_images_are_refused(data: Path, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+import defaults
 from reproduction import ledger
 from reproduction.arms import ARMS, BARE
 from reproduction.experiments import EXPERIMENTS
@@ -47,7 +49,7 @@ def test_seeds_are_paired() -> None:
 
 
 @pytest.mark.parametrize("name", ["ablation", "table1", "table2", "table5", "fig3", "fig4"])
-def test_every_experiment_has_its_picture(name: str, tmp_path: Path) -> None:
+def test_every_experiment_has_its_picture_and_a_table_its_text(name: str, tmp_path: Path) -> None:
     experiment = EXPERIMENTS[name]
     cases = experiment.cases(SMOKE, archs=["resnet8"])
     study = experiment.study(SMOKE, cases)
@@ -56,6 +58,9 @@ def test_every_experiment_has_its_picture(name: str, tmp_path: Path) -> None:
     write_report(name, study, lines, tmp_path / name)
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / f"{name}.png").stat().st_size > (tmp_path / "empty.png").stat().st_size
+    if name.startswith("fig"):
+        assert not (tmp_path / f"{name}.md").exists()
+        return
     text = (tmp_path / f"{name}.md").read_text()
     assert all(f"| {arm} |" in text for arm in experiment.arms)
 
@@ -131,3 +136,8 @@ def test_surfaces_that_have_yet_to_be_worked_out_are_told_of(tmp_path: Path) -> 
     study = experiment.study(preset, experiment.cases(preset, ["plain"], ["resnet8"]))
     with pytest.raises(ValueError, match=r"fig5-smoke\.jsonl has no surface of these networks"):
         write_report("fig5", study, Lines([]), tmp_path / "fig5-smoke", tmp_path / "fig5-smoke.jsonl")
+
+
+def test_the_table_of_the_defaults_is_that_of_its_lines() -> None:
+    lines = [json.loads(line) for line in defaults.RESULTS.read_text(encoding="utf-8").splitlines()]
+    assert defaults.report(lines) in defaults.RESULTS.with_suffix(".md").read_text(encoding="utf-8")

@@ -17,8 +17,9 @@ Activations are standardized over each sample, then
     pseudo-gradient  2 - |2a| for |a| < 1, zero elsewhere
 
 The output is multiplied by a learned scale a channel, which starts at mean|w|. No weight decay acts on the latent
-weights: it would hold them at a Laplacian and bar the maximal entropy of the binary values. The authors freeze b in
-evaluation; here it is recomputed, and so always belongs to the weights as stored.
+weights: it would hold them at a Laplacian and bar the maximal entropy of the binary values. (The authors' code exempts
+the learned scales too; here they decay, in front of a BatchNorm, which undoes it.) The authors freeze b in evaluation;
+here it is recomputed, and so always belongs to the weights as stored.
 """
 
 from __future__ import annotations

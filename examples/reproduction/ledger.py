@@ -6,6 +6,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from locks import lock
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -33,10 +35,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a line. A last line that a kill left unfinished goes: its run repeats."""
+    """Add a line, alone at the file meanwhile. A last line that a kill left unfinished goes: its run repeats."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, separators=(",", ":")) + "\n"
     with path.open("a+b", buffering=0) as file:
+        lock(file)
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         file.write(text.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import distributed
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from locks import occupied
 from reproduction import ledger
 from reproduction.protocol import Lines
 from reproduction.runs import Run, checkpoint_path, checksum, execute
@@ -44,7 +46,7 @@ def _start_worker(epochs: Any, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A killed parent leaves its workers behind; two of them must never train into one checkpoint."""
+    """A killed parent leaves its workers behind; two processes must never train into one checkpoint."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -78,11 +80,16 @@ def run_missing(comparison: Comparison, data: Path, ledger_path: Path, folder: P
     epochs = context.SimpleQueue()
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(epochs, os.getpid()))
     finished_epochs = 0
-    with pool, tqdm(total=comparison.epochs_left(Lines(lines)), unit="epoch", dynamic_ncols=True) as bar:
+    with (
+        occupied(folder),
+        pool,
+        tqdm(total=comparison.epochs_left(Lines(lines)), unit="epoch", dynamic_ncols=True) as bar,
+    ):
         running: dict[Future[dict[str, Any]], Run] = {}
+        missing = comparison.missing(Lines(lines))
         while True:
             started = {run.key for run in running.values()}
-            for run in comparison.missing(Lines(lines)):
+            for run in missing:
                 if len(running) == jobs:
                     break
                 if run.key not in started:
@@ -99,24 +106,27 @@ def run_missing(comparison: Comparison, data: Path, ledger_path: Path, folder: P
                 lines.append(line)
                 finished_epochs += run.recipe.epochs
                 bar.total = finished_epochs + comparison.epochs_left(Lines(lines))
-                bar.write(_finish(run, line, ledger_path, folder))
+                bar.write(_finish(run, line, data, ledger_path, folder))
+            if finished:
+                missing = comparison.missing(Lines(lines))
 
 
 def run_together(comparison: Comparison, data: Path, ledger_path: Path, folder: Path, world: World) -> None:
     """Run until nothing is missing, one run at a time on all ranks of ``world``; each of them calls this."""
     lines = ledger.read(ledger_path)
     total = comparison.epochs_left(Lines(lines))
-    with tqdm(total=total, unit="epoch", dynamic_ncols=True, disable=world.rank > 0) as bar:
+    alone = occupied(folder) if world.rank == 0 else contextlib.nullcontext()
+    with alone, tqdm(total=total, unit="epoch", dynamic_ncols=True, disable=world.rank > 0) as bar:
         while missing := comparison.missing(Lines(lines)):
             line = execute(missing[0], data, folder, bar.update, world)
             lines.append(line)
             if world.rank == 0:
-                bar.write(_finish(missing[0], line, ledger_path, folder))
+                bar.write(_finish(missing[0], line, data, ledger_path, folder))
             distributed.barrier()  # a run's checkpoint is gone before anyone looks for the next one's
 
 
-def _finish(run: Run, line: dict[str, Any], ledger_path: Path, folder: Path) -> str:
+def _finish(run: Run, line: dict[str, Any], data: Path, ledger_path: Path, folder: Path) -> str:
     """The line is written, then the checkpoint goes; returns what to tell."""
     ledger.append(ledger_path, line)
-    checkpoint_path(run, folder).unlink(missing_ok=True)
+    checkpoint_path(run, data, folder).unlink(missing_ok=True)
     return f"{run}: {line.get('diverged') or format(line['accuracy'][-1], '.2%')}"

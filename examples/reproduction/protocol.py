@@ -126,8 +126,10 @@ class Study:
         return [self.run(case, arm, lr, decay, epochs, TUNING_SEED, "validation") for lr, decay in points]
 
     def finals(self, case: Case, arm: str, lines: Lines) -> list[Run]:
-        """The second tuning round as far as it is known, and all else of its length that has run; empty while the first
-        is unfinished.
+        """The second tuning round as far as it is known, and all else of its length that has run.
+
+        Empty while the first is unfinished. Once all has run, the neighbours of the best, which have yet to: so the
+        walk takes a step whenever this is asked anew.
         """
         grid = self.grid(case, arm)
         if not grid or not lines.done(grid):
@@ -141,12 +143,9 @@ class Study:
             by_rate.setdefault(run.recipe.lr, (run.recipe.lr, run.recipe.weight_decay))
         found = {point: whole(point) for point in list(by_rate.values())[: case.task.finalists]}
         found |= {point: run for point in case.task.reachable if (run := whole(point)) in lines}
-        while lines.done(found.values()):
+        if lines.done(found.values()):
             top = max(found, key=lambda point: lines.accuracy(found[point]))
-            more = [point for point in case.task.neighbours(*top) if point not in found]
-            if not more:
-                break
-            found |= {point: whole(point) for point in more}
+            found |= {point: whole(point) for point in case.task.neighbours(*top) if point not in found}
         return list(found.values())
 
     def is_tuned(self, case: Case, arm: str, lines: Lines) -> bool:

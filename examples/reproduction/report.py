@@ -31,23 +31,30 @@ _PICTURES = {
 def write_report(
     experiment: str, comparison: Study | Search, lines: Lines, path: Path, surfaces: Path | None = None
 ) -> None:
-    """``path`` with .md and .png; the tables are printed too. Raises ValueError where no surface is there to draw."""
+    """``path`` with .png, and for what is no figure with .md, which is printed too.
+
+    Raises ValueError where no surface is there to draw.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    heading = f"{EXPERIMENTS[experiment].title}\n\n"
+    picture = path.with_suffix(".png")
     if isinstance(comparison, Search):
         text = search_table(comparison, lines) + "\n\nBare host:\n\n" + tuning_table(comparison.bare, lines) + "\n"
     else:
+        if surfaces:
+            found = read_surfaces(comparison, lines, surfaces)
+            if not found:
+                raise ValueError(f"{surfaces} has no surface of these networks; without --report it is worked out")
+            plots.draw_surfaces(comparison.cases, found, picture)
+        else:
+            _PICTURES[experiment](comparison, lines, picture)
+        if experiment.startswith("fig"):  # its networks are those of the tables
+            print(f"wrote {picture}")
+            return
         text = comparison_table(comparison, lines) + "\n"
         if tuning := tuning_table(comparison, lines):
             text += (
                 "\nTuning: accuracy on held-out training images, short round → full length, in %.\n\n" + tuning + "\n"
             )
-        if surfaces:
-            found = read_surfaces(comparison, lines, surfaces)
-            if not found:
-                raise ValueError(f"{surfaces} has no surface of these networks; without --report it is worked out")
-            plots.draw_surfaces(comparison.cases, found, path.with_suffix(".png"))
-        else:
-            _PICTURES[experiment](comparison, lines, path.with_suffix(".png"))
-    checkpoints.write_text(path.with_suffix(".md"), heading + text)
-    print(heading + text)
+    text = f"{EXPERIMENTS[experiment].title}\n\n{text}"
+    checkpoints.write_text(path.with_suffix(".md"), text)
+    print(text)

@@ -124,6 +124,7 @@ def execute(
     figures. In a ``world`` of several ranks all of them call this, and rank 0 writes; by default this process is alone.
     """
     world = world or World.from_environment()
+    provenance = _provenance(run, data, world)  # of the code as it was loaded, not as it is when the run ends
     if world.device.type == "cpu":
         torch.set_num_threads(1)
     train, held_out = (
@@ -135,7 +136,7 @@ def execute(
         hbnn_plugin.apply(model, **run.options)
     optimizer = make_optimizer(model, host, run.recipe)
     meter = FlipMeter(model)
-    path = checkpoint_path(run, folder)
+    path = checkpoint_path(run, data, folder)
     progress = Progress()
     if path.exists():
         saved = checkpoints.load(path)
@@ -171,18 +172,18 @@ def execute(
                 world=world,
             )
         except Diverged as error:
-            return {"config": run.config, "diverged": str(error), **_provenance(run, data, world)}
-    line = _line(run, model, progress) | _provenance(run, data, world)
+            return {"config": run.config, "diverged": str(error), **provenance}
+    line = _line(run, model, progress) | provenance
     if world.rank == 0:
         if run.options is not None:
             hbnn_plugin.fuse(model)
-        checkpoints.save(_final_path(run, folder), model.state_dict())
+        checkpoints.save(_final_path(run, data, folder), model.state_dict())
     return line
 
 
 def final_network(run: Run, data: Path, folder: Path) -> nn.Module:
     """The plain network after training, in evaluation mode; trained again if its weights are not in ``folder``."""
-    path = _final_path(run, folder)
+    path = _final_path(run, data, folder)
     if not path.exists():
         line = execute(run, data, folder)
         if "diverged" in line:
@@ -192,13 +193,13 @@ def final_network(run: Run, data: Path, folder: Path) -> nn.Module:
     return model.eval()
 
 
-def checkpoint_path(run: Run, folder: Path) -> Path:
-    """Where an unfinished run waits."""
-    return folder / f"{run.key}.pt"
+def checkpoint_path(run: Run, data: Path, folder: Path) -> Path:
+    """Where an unfinished run on these images waits."""
+    return folder / f"{run.key}-{checksum(run.dataset, data)}.pt"
 
 
-def _final_path(run: Run, folder: Path) -> Path:
-    return folder / f"{run.key}-final.pt"
+def _final_path(run: Run, data: Path, folder: Path) -> Path:
+    return folder / f"{run.key}-{checksum(run.dataset, data)}-final.pt"
 
 
 def _line(run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from reproduction import ledger
+from reproduction.loss_surface import axis, loss_surface
 from reproduction.runs import final_network, key_of, load_images
-from reproduction.surface import axis, loss_surface
 
 if TYPE_CHECKING:
     from pathlib import Path
