@@ -8,11 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 import cifar
 
 # The tensors are tiny: a second thread gains nothing, and on a busy machine it waits for the first.
 torch.set_num_threads(1)
+
+# How long an example takes tells of the machine, and of what torch does at its first call.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 def pytest_collection_finish() -> None:

@@ -9,21 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, TensorDataset
 
 import hbnn_plugin
 from inplace_nets import agree, mapped, smooth
-from tiny_hosts import BINARY_LAYERS, ScaledConv, batch, points, same_state, state, tiny_net
-from training_helpers import F64, applied, moved, output, steps
+from tiny_hosts import BINARY_LAYERS, ScaledConv, points, same_state, state, tiny_net
+from training_helpers import BATCHES, F64, applied, each_mode, loader, moved, output, steps
 
 accelerate = pytest.importorskip("accelerate")
-
-each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
-
-BATCHES, SIZE = 4, 6
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +27,6 @@ def _fresh() -> Iterator[None]:
     accelerate.state.AcceleratorState._reset_state(True)
     yield
     accelerate.state.AcceleratorState._reset_state(True)
-
-
-def data(dtype: torch.dtype = F64) -> DataLoader[tuple[Tensor, ...]]:
-    batches = [batch(seed, dtype, SIZE) for seed in range(BATCHES)]
-    x, y = (torch.cat(part) for part in zip(*batches))
-    return DataLoader(TensorDataset(x, y), batch_size=SIZE)
 
 
 def optimizer_of(net: nn.Module, kind: str = "sgd") -> Optimizer:
@@ -53,7 +42,7 @@ class Run:
         self.accelerator = accelerate.Accelerator(cpu=True, **options)
         optimizer = optimizer_of(net, kind)
         self.net, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
-            net, optimizer, data(dtype), CosineAnnealingLR(optimizer, 6)
+            net, optimizer, loader(dtype), CosineAnnealingLR(optimizer, 6)
         )
 
     def train(self, epochs: int, clip: float | None = None) -> None:
@@ -72,7 +61,7 @@ def plain(net: nn.Module, kind: str, epochs: int = 2, accumulate: int = 1, clip:
     optimizer = optimizer_of(net, kind)
     scheduler = CosineAnnealingLR(optimizer, 6)
     for _ in range(epochs):
-        for i, (x, y) in enumerate(data()):
+        for i, (x, y) in enumerate(loader()):
             (F.cross_entropy(net(x), y) / accumulate).backward()
             if (i + 1) % accumulate == 0:
                 if clip is not None:

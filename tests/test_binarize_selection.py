@@ -16,6 +16,7 @@ from full_precision_nets import BINARIZED, both, classes, resnet
 from hbnn_plugin import by_class, by_name
 from hbnn_plugin.retrofit.binary_layers import BinaryConv2d
 from tiny_hosts import IrConv, batch, clusters, same_state, state, tiny_net, train
+from training_helpers import each_mode
 
 # -- selection --------
 
@@ -211,7 +212,7 @@ class InAList(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+@each_mode
 def test_layers_that_are_also_held_in_a_plain_list_are_binary_there(mode: Any) -> None:
     net = hbnn_plugin.apply(InAList(), binarize="1/1", mode=mode)
     assert net.order[2] is net.second and isinstance(net.order[1], nn.Hardtanh)

@@ -14,11 +14,7 @@ from torch import Tensor
 
 import hbnn_plugin
 from tiny_hosts import loss_of, tiny_net
-from training_helpers import Trap, applied, refused, saved, trained
-
-MODES = ("parametrize", "inplace")
-each_mode = pytest.mark.parametrize("mode", MODES)
-each_pair = pytest.mark.parametrize(("ours", "theirs"), [(a, b) for a in MODES for b in MODES])
+from training_helpers import Trap, applied, each_mode, each_pair, refused, saved, trained
 
 
 def damaged(state: Tensor) -> dict[str, Any]:

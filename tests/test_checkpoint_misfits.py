@@ -12,12 +12,7 @@ from torch.optim import SGD
 import hbnn_plugin
 from hbnn_plugin import by_name
 from tiny_hosts import BINARY_LAYERS, HardBinaryConv, IrConv, TinyNet, tiny_net, train
-from training_helpers import applied, output, refused, saved, trained
-
-MODES = ("parametrize", "inplace")
-each_mode = pytest.mark.parametrize("mode", MODES)
-each_pair = pytest.mark.parametrize(("ours", "theirs"), [(a, b) for a in MODES for b in MODES])
-
+from training_helpers import applied, each_mode, each_pair, output, refused, saved, trained
 
 # -- other clusters ----------------------------------------------------------------------------------------------------
 

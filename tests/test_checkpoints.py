@@ -28,7 +28,18 @@ from tiny_hosts import (
     tiny_net,
     train,
 )
-from training_helpers import GEOMETRIES, Doubled, applied, each_geometry, each_host, moved, output, saved, trained
+from training_helpers import (
+    GEOMETRIES,
+    Doubled,
+    applied,
+    each_geometry,
+    each_host,
+    each_mode,
+    moved,
+    output,
+    saved,
+    trained,
+)
 
 
 def binary_now(net: TinyNet) -> dict[str, Tensor]:
@@ -181,7 +192,7 @@ def test_plain_state_dict_keeps_the_versions_that_modules_load_by() -> None:
     assert loaded._metadata["bn1"] == {"version": 2}
 
 
-@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+@each_mode
 @pytest.mark.parametrize(("theirs", "ours"), [("spectral", "riemannian"), ("mobius", "spectral")])
 def test_other_rules_do_not_matter_to_a_checkpoint(theirs: str, ours: str, mode: str) -> None:
     """Nor whether they keep a momentum."""

@@ -14,9 +14,7 @@ from torch.optim import SGD, Optimizer
 import hbnn_plugin
 from inplace_nets import agree, mapped
 from tiny_hosts import ScaledConv, SmoothConv, batch, points, state, tiny_net, train
-from training_helpers import F64, applied, steps
-
-each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+from training_helpers import F64, applied, each_mode, steps
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from hbnn_plugin.export.complexity import Complexity, LayerComplexity, complexit
 from hosts import HOSTS
 from hosts.networks import NETWORKS, resnet8
 from idiom_hosts import BinBlock, ClippedConv
-from test_layer_kinds import LAYERS
+from layer_kinds import LAYERS
 from tiny_hosts import HardBinaryConv, ScaledConv, SmoothConv, same_state, state, tiny_net
 from training_helpers import applied, trained
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from flips import FlipMeter
 from hosts import HOSTS
 from images import Images
 from training import Progress, Recipe, accuracy, fit, make_optimizer
+from two_ranks import torchrun
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,12 +122,8 @@ def main(out: Path) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that two ranks have left, killed once."""
     out = tmp_path_factory.mktemp("ranks")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(out)]
     python_path = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "examples"))
-    environment = {**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
-    killed, done = (
-        subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300) for _ in range(2)
-    )
+    killed, done = (torchrun(__file__, str(out), env={"PYTHONPATH": python_path}) for _ in range(2))
     assert (killed.returncode, done.returncode) == (1, 0), done.stderr
     assert "SIGKILL" in killed.stderr
     return out

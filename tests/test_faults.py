@@ -29,9 +29,8 @@ from tiny_hosts import (
     tiny_net,
     train,
 )
-from training_helpers import F64, applied, moved, steps
+from training_helpers import F64, applied, each_mode, moved, steps
 
-each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
 each_rule = pytest.mark.parametrize("rule", ["mobius", "riemannian", "riemannian-adam", "spectral"])
 each_optimizer = pytest.mark.parametrize("optimizer_class", [SGD, Adam])
 

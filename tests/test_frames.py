@@ -13,11 +13,9 @@ from torch.optim import SGD, Adam, Optimizer
 
 from hbnn_plugin.optimizer.hooking import _CELL, _WRAPPER
 from tiny_hosts import SmoothConv, clusters, loss_of, same_state, state
-from training_helpers import F64, applied, closure_of, steps
+from training_helpers import F64, applied, closure_of, each_mode, steps
 
 LIMIT = 0.01
-
-each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
 
 
 def clip(optimizer: Optimizer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ import hbnn_plugin
 from hbnn_plugin.host.sharding import whole
 from tiny_hosts import IrConv, TinyNet, clusters, latents, loss_of, tiny_net
 from torch_version import since
+from training_helpers import each_mode
+from two_ranks import torchrun
 
 pytestmark = since(2, 5, "fully_shard without a GPU")
 
@@ -92,8 +93,7 @@ def main(out: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fsdp")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(out)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    done = torchrun(__file__, str(out))
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -121,7 +121,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+@each_mode
 def test_what_is_sharded_is_neither_applied_to_nor_fused_and_the_message_tells_the_way(mode: str) -> None:
     net = sharded({"mode": mode})
     plain = tiny_net(IrConv)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tiny_hosts import BINARY_LAYERS, IrConv, ScaledConv, batch, clusters, latents, loss_of, points, state, train
-from training_helpers import OPTIMIZERS, applied, moved, points_of, steps
+from training_helpers import OPTIMIZERS, applied, each_mode, moved, points_of, steps
 
-each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
 each_order = pytest.mark.parametrize("order", ["simultaneous", "alternating"])
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 fused_or_not = pytest.mark.parametrize("fused", [False, True])

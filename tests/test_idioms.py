@@ -64,6 +64,7 @@ from tiny_hosts import (
     tiny_net,
     train,
 )
+from training_helpers import each_mode
 
 SAME, LOST = "same", "lost"
 
@@ -183,7 +184,7 @@ def test_under_parametrize_a_write_into_the_weight_after_a_step_is_lost_with_a_w
         host.train(2)
 
 
-@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+@each_mode
 @pytest.mark.parametrize("host_class", [Captured, AuxiliaryCopies])
 def test_what_a_trainer_makes_binary_is_so_in_the_forward_in_place_only(host_class: type[Captured], mode: str) -> None:
     host = applied(host_class, mode)

@@ -25,6 +25,7 @@ from hbnn_plugin.launcher import interception
 from hbnn_plugin.launcher.interception import Interception
 from tiny_hosts import IrConv, TinyNet, clusters, points, tiny_net, train
 from torch_version import TORCH
+from training_helpers import each_mode
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ def test_of_a_model_that_is_sharded_over_ranks_there_is_no_report_of_flips(
     assert "call hbnn_plugin.flip_ratio(model) in the script, on every rank" in said[1] and len(said) == 2
 
 
-@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+@each_mode
 def test_apply_comes_before_the_first_part_is_sharded(watch: Interception, world: None, mode: str) -> None:
     watch.options = {"mode": mode}
     net, plain = tiny_net(IrConv), nn.Sequential(nn.Linear(3, 3))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,7 +24,6 @@ def layer(shape: tuple[int, ...], count: int, layouts: int, dtype: torch.dtype =
     return [torch.randn(shape, dtype=dtype).contiguous(memory_format=formats[layouts >> i & 1]) for i in range(count)]
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(SHAPES), st.sampled_from([FILTER, LAYER, UNIT]), st.integers(0, 7)),
@@ -68,7 +67,6 @@ def test_small_layers_of_one_length_of_row_are_worked_out_at_once(monkeypatch: p
     assert sorted(together) == [1, 4]  # rows of 2 and of 36; the rest are large
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=5), st.integers(0, 7), st.booleans())
 def test_combinations_of_several_layers(shapes: list[tuple[int, ...]], layouts: int, over_the_first: bool) -> None:
     vectors = [layer(shape, 3, layouts, torch.float64) for shape in shapes]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from hbnn_plugin.launcher.command import main
+from two_ranks import torchrun
 
 SCRIPT = """
 import argparse
@@ -141,11 +141,7 @@ def test_an_interrupt_is_the_scripts_own_and_the_report_is_written(folder: Path)
 
 
 def test_torchrun_wraps_the_model_before_the_optimizer(folder: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "hbnn_plugin"]
-    command += ["--report", "report", "parallel.py"]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = torchrun("-m", "hbnn_plugin", "--report", "report", "parallel.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("hbnn_plugin: EPC on 1 layer(s)") == 1  # rank 0 speaks
     assert (folder / "report" / "flips.txt").exists()

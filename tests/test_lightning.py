@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, TensorDataset
 
 import hbnn_plugin
 from inplace_nets import agree, mapped, smooth
-from tiny_hosts import BINARY_LAYERS, IrConv, TinyNet, batch, points, same_state, state
-from training_helpers import F64, applied, moved, steps
+from tiny_hosts import BINARY_LAYERS, IrConv, TinyNet, points, same_state, state
+from training_helpers import BATCHES, F64, applied, each_mode, loader, moved, steps
 
 lightning = pytest.importorskip("lightning")
 
@@ -25,9 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*treespec.* is deprecated:FutureWarning"),  # Lightning's use of torch
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
-each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
-
-BATCHES, SIZE = 4, 6
 
 
 class Task(lightning.LightningModule):
@@ -58,12 +54,6 @@ def made(net: nn.Module, kind: str) -> Any:
     return {"optimizer": optimizer, "lr_scheduler": CosineAnnealingLR(optimizer, 3)}
 
 
-def data(dtype: torch.dtype = F64) -> DataLoader[tuple[Tensor, ...]]:
-    batches = [batch(seed, dtype, SIZE) for seed in range(BATCHES)]
-    x, y = (torch.cat(part) for part in zip(*batches))
-    return DataLoader(TensorDataset(x, y), batch_size=SIZE)
-
-
 def trainer(folder: Path, **options: Any) -> Any:
     return lightning.Trainer(
         accelerator="cpu",
@@ -80,7 +70,7 @@ def plain_loop(net: nn.Module, kind: str, epochs: int, accumulate: int = 1, clip
     answer = made(net, kind)
     optimizer, scheduler = (answer, None) if kind == "lbfgs" else answer.values()
     for _ in range(epochs):
-        for i, (x, y) in enumerate(data()):
+        for i, (x, y) in enumerate(loader()):
 
             def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
                 loss = F.cross_entropy(net(x), y)
@@ -120,7 +110,7 @@ def test_lightning_trains_as_a_plain_loop(kind: str, options: dict[str, Any], mo
     net, reference = smooth(mode), smooth(mode)
     start = points(net)
     fit = trainer(tmp_path, max_epochs=3, precision="64-true", **options)
-    fit.fit(Task(net, kind), data())
+    fit.fit(Task(net, kind), loader())
     net.to(F64)
     plain_loop(reference, kind, 3, options.get("accumulate_grad_batches", 1), options.get("gradient_clip_val"))
     assert agree(net, reference, rtol=1e-6 if kind == "lbfgs" else 1e-9)
@@ -136,7 +126,7 @@ def test_lightning_trains_as_a_plain_loop(kind: str, options: dict[str, Any], mo
 def test_a_run_that_continues_from_lightnings_checkpoint_ends_as_the_whole_one(mode: str, tmp_path: Path) -> None:
     def run(net: TinyNet, epochs: int, **options: Any) -> Any:
         fit = trainer(tmp_path, max_epochs=epochs)
-        fit.fit(Task(net), data(torch.float32), **options)
+        fit.fit(Task(net), loader(torch.float32), **options)
         return fit
 
     whole, first, second = (applied(IrConv, seed, mode=mode, point_momentum=0.5) for seed in (0, 0, 5))
@@ -154,8 +144,8 @@ def test_a_run_that_continues_from_lightnings_checkpoint_ends_as_the_whole_one(m
 @each_mode
 def test_bf16_mixed_precision_trains_near_single_precision(mode: str, tmp_path: Path) -> None:
     net, reference = (applied(IrConv, mode=mode) for _ in range(2))
-    trainer(tmp_path, max_epochs=1, precision="bf16-mixed").fit(Task(net), data(torch.float32))
-    trainer(tmp_path, max_epochs=1).fit(Task(reference), data(torch.float32))
+    trainer(tmp_path, max_epochs=1, precision="bf16-mixed").fit(Task(net), loader(torch.float32))
+    trainer(tmp_path, max_epochs=1).fit(Task(reference), loader(torch.float32))
     for name in BINARY_LAYERS:
         ours, theirs = points(net)[name], points(reference)[name]
         assert theirs.any() and not torch.equal(ours, theirs)
@@ -184,8 +174,8 @@ def test_lightnings_own_weight_averaging(mode: str, tmp_path: Path) -> None:
         num_sanity_val_steps=0,
         callbacks=[callbacks.EMAWeightAveraging(decay=0.5, use_buffers=True)],
     )
-    fit.fit(Validated(net), data(), data())
-    for x, y in data():
+    fit.fit(Validated(net), loader(), loader())
+    for x, y in loader():
         F.cross_entropy(reference(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -34,7 +34,7 @@ def geoopt_sphere_exp(p: Tensor, v: Tensor, radius: float) -> Tensor:
 
 
 @given(vectors(), vectors(), st.floats(0, 0.98), st.floats(1e-6, 3), st.sampled_from(RADII))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_ball_agrees_with_geoopt_and_so_do_its_gradients(
     p: Tensor, v: Tensor, share: float, size: float, r: float
 ) -> None:
@@ -53,7 +53,7 @@ def test_ball_agrees_with_geoopt_and_so_do_its_gradients(
 
 
 @given(vectors(), vectors(), st.floats(1e-6, 3), st.sampled_from(RADII))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_sphere_agrees_with_geoopt_and_so_do_its_gradients(p: Tensor, v: Tensor, size: float, r: float) -> None:
     p = on_sphere(p, r).requires_grad_()
     v = (v * size / r**0.5 + 1e-3).requires_grad_()
@@ -83,7 +83,7 @@ def mp_ball(p: list[float], v: list[float], r: float) -> list[float]:
 
 
 @given(vectors(1, 4), vectors(1, 4), st.floats(0.5, 0.999), st.floats(1e-8, 10), st.sampled_from(RADII))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_near_the_edge_ball_agrees_with_mpmath(p: Tensor, v: Tensor, share: float, size: float, r: float) -> None:
     p, v = inside(p + 0.1, share, r), inside(v + 0.05, size, r)
     with mpmath.workdps(60):
@@ -117,7 +117,7 @@ def test_near_the_edge_gradients_agree_with_mpmath(share: float, size: float) ->
 
 
 @given(vectors(), vectors(), st.floats(0, 0.9), st.floats(0, 2), st.sampled_from(RADII))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_log_inverts_exp_on_the_ball(p: Tensor, v: Tensor, share: float, size: float, r: float) -> None:
     p = inside(p, share, r)
     v = inside(v, size, r) * (1 - share**2)  # the same reach in the ball wherever p is
@@ -127,14 +127,14 @@ def test_log_inverts_exp_on_the_ball(p: Tensor, v: Tensor, share: float, size: f
 
 
 @given(vectors(), vectors(), st.sampled_from(RADII))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_log_inverts_exp_on_the_sphere(p: Tensor, x: Tensor, r: float) -> None:
     p, x = on_sphere(p, r), on_sphere(x, r)
     assert torch.allclose(exp_map(p, log_map(p, x, r, sphere), r, sphere), x, rtol=0, atol=1e-7 * r**-0.5)
 
 
 @given(vectors(), vectors(), st.floats(0, 0.95), st.floats(-2, 2), st.sampled_from(RADII))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_mobius_operations_agree_with_geoopt(x: Tensor, y: Tensor, share: float, t: float, r: float) -> None:
     x, y = inside(x, share, r), inside(y, 0.7, r)
     manifold = geoopt_ball(r)
@@ -277,7 +277,7 @@ def test_point_steps_stay_inside_however_large() -> None:
 
 
 @given(vectors(), vectors(), st.floats(0, 0.9), st.floats(0, 0.9), st.floats(1e-4, 2), st.sampled_from(RADII))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_point_step_is_equation_9(p: Tensor, g: Tensor, share: float, size: float, eta: float, r: float) -> None:
     p, g = inside(p, share, r), inside(g, size, r)
     manifold = geoopt_ball(r)

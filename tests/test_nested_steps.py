@@ -14,9 +14,7 @@ from torch.optim import SGD, Optimizer
 from hbnn_plugin.optimizer.open_steps import in_progress
 from inplace_nets import agree, mapped, smooth
 from tiny_hosts import BINARY_LAYERS, SmoothConv, loss_of, points, same_state, state, train, twin
-from training_helpers import F64, OPTIMIZERS, applied, closure_of, equal, moved, oracle, steps
-
-each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+from training_helpers import F64, OPTIMIZERS, applied, closure_of, each_mode, equal, moved, oracle, steps
 
 
 @each_mode

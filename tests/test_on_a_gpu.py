@@ -20,7 +20,7 @@ from hbnn_plugin.cluster import epc, inplace
 from hbnn_plugin.geometry import exponential, joint_passes, looking, passes
 from hbnn_plugin.optimizer import recovery
 from tiny_hosts import IrConv, SmoothConv, TinyNet, batch, train
-from training_helpers import OPTIMIZERS, applied
+from training_helpers import OPTIMIZERS, applied, each_mode
 
 
 def on_meta(**options: Any) -> TinyNet:
@@ -72,7 +72,7 @@ def test_an_inplace_step_looks_for_all_layers_together(rule: str, monkeypatch: p
     assert looks == [0, 2, 2, 2, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+@each_mode
 def test_nobody_looks_while_a_cuda_graph_is_recorded(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -94,7 +94,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+@each_mode
 @pytest.mark.parametrize("rule", ["spectral", "mobius"])
 def test_where_there_is_no_float64(rule: str, mode: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (passes, exponential, joint_passes, looking, epc):

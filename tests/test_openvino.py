@@ -21,6 +21,7 @@ from hosts.networks import resnet8
 from idiom_hosts import ClippedConv
 from openvino_layers import Layer, binary, clipped, export, plus_at_zero, whole_numbers
 from tiny_hosts import same_state, state, tiny_net
+from training_helpers import each_mode
 
 ov = pytest.importorskip("openvino")
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWarning")
@@ -58,7 +59,7 @@ def test_hosts_run_binary() -> None:
     assert torch.allclose(xnor(x), net.eval()(x), atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+@each_mode
 def test_applied_and_fused(mode: str) -> None:
     net, x = hbnn_plugin.apply(hosts_net(), mode=mode, start=0.5), images()
     xnor = export(net, x)

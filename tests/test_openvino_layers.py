@@ -19,7 +19,7 @@ pytest.importorskip("openvino")
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWarning")
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(
     sign=st.sampled_from([plus_at_zero, minus_at_zero]),
     inputs=st.integers(2, 40),

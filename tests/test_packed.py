@@ -20,12 +20,10 @@ from hbnn_plugin.export.capture import binary_weights
 from hosts import HOSTS as PAPER_HOSTS
 from hosts import get_host
 from hosts.networks import resnet8
+from layer_kinds import LAYERS, SignLinear, tied_net
 from packed_files import bits, close, header, same_bits, stored
-from test_layer_kinds import LAYERS, SignLinear, tied_net
 from tiny_hosts import BINARY_LAYERS, HOSTS, IrConv, ScaledConv, batch, clusters, same_state, state, tiny_net, train
-from training_helpers import each_host, output, trained
-
-each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+from training_helpers import each_host, each_mode, output, trained
 
 
 @each_mode

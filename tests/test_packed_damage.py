@@ -24,7 +24,7 @@ from tiny_hosts import (
 )
 from training_helpers import output
 
-FIXTURES = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "deadline": None}
+FIXTURES = {"suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tiny_hosts import (
     state,
     tiny_net,
 )
-from training_helpers import applied
+from training_helpers import applied, each_mode
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_ties_of_the_model_that_the_file_does_not_have(path: Path, tmp_path: Pat
     refuses(tmp_path / "other", model, "bn2.bias: the same tensor as bn2.weight in the model, another in the file")
 
 
-@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+@each_mode
 def test_applied_models_are_refused(mode: str, path: Path) -> None:
     refuses(path, applied(ScaledConv, mode=mode), "hbnn_plugin.apply was called on conv1, conv2: load it into a new")
 

@@ -27,9 +27,8 @@ from tiny_hosts import (
     tiny_net,
     train,
 )
-from training_helpers import F64, applied, moved, output, saved, steps
+from training_helpers import F64, applied, each_mode, moved, output, saved, steps
 
-each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
 OPTIONS = {"relative": True, "point_momentum": 0.5}
 
 

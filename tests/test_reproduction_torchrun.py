@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from reproduction import ledger
+from two_ranks import torchrun
 
 REPRODUCE = Path(__file__).parent.parent / "examples" / "reproduce.py"
 
@@ -26,11 +25,11 @@ def make_images(folder: Path) -> None:
 
 def test_torchrun_trains_an_imagenet_study(tmp_path: Path) -> None:
     make_images(tmp_path / "images")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(REPRODUCE)]
     options = ["table5", "--preset", "smoke", "--archs", "resnet18_imagenet", "--hosts", "irnet", "--seeds", "1"]
     options += ["--arms", "bare", "HBNN", "--data", str(tmp_path / "images")]
     folders = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
-    subprocess.run([*torchrun, *options, *folders], check=True, capture_output=True, timeout=300)
+    done = torchrun(str(REPRODUCE), *options, *folders)
+    assert done.returncode == 0, done.stderr
     lines = ledger.read(tmp_path / "results" / "reproduce-smoke.jsonl")
     assert [line["config"]["arm"] for line in lines] == ["bare", "HBNN"]
     for line in lines:

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import SWALR
 
 from inplace_nets import smooth
 from tiny_hosts import latents, loss_of, points, twin
+from training_helpers import each_mode
 
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "LambdaLR": lambda o: lrs.LambdaLR(o, lambda epoch: 1 / (1 + epoch)),
@@ -49,7 +50,7 @@ def step(net: Any, optimizer: Optimizer, seed: int) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+@each_mode
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_points_rate_follows_the_schedule(name: str, mode: str) -> None:
     """Each step is that of a fresh optimizer, without momentum, which was told the scheduled rate."""
@@ -72,7 +73,7 @@ def test_the_points_rate_follows_the_schedule(name: str, mode: str) -> None:
     assert all(bool(move.any()) is (rate > 0) for move, rate in zip(moves, rates))
 
 
-@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+@each_mode
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_a_point_steps_as_far_as_its_rate_says(as_tensor: bool, mode: str) -> None:
     """From one gradient at the origin, where Eq. 9 is −η∂L/∂p to first order."""

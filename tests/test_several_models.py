@@ -27,9 +27,7 @@ from tiny_hosts import (
     tiny_net,
     train,
 )
-from training_helpers import applied, equal, moved
-
-each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+from training_helpers import applied, each_mode, equal, moved
 
 
 @pytest.mark.parametrize(

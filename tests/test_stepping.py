@@ -28,9 +28,7 @@ from tiny_hosts import (
     train,
     twin,
 )
-from training_helpers import F64, OPTIMIZERS, applied, equal, moved, oracle, points_of, steps
-
-each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+from training_helpers import F64, OPTIMIZERS, applied, each_mode, equal, moved, oracle, points_of, steps
 
 # -- what a step is, from geoopt's formulas --------
 

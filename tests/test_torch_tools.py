@@ -34,9 +34,7 @@ from tiny_hosts import (
     train,
 )
 from torch_version import TORCH
-from training_helpers import applied, moved, output, saved, steps
-
-each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+from training_helpers import applied, each_mode, moved, output, saved, steps
 
 
 def weights(net: nn.Module) -> dict[str, Tensor]:

@@ -28,10 +28,7 @@ from tiny_hosts import (
     tiny_net,
     train,
 )
-from training_helpers import F64, applied, moved, output, saved, steps
-
-each_mode = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
-
+from training_helpers import F64, applied, each_mode, moved, output, saved, steps
 
 # -- two stages --------------------------------------------------------------------------------------------------------
 

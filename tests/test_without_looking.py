@@ -13,7 +13,7 @@ from hbnn_plugin.cluster.settings import Rule
 from hbnn_plugin.geometry import exponential
 from hbnn_plugin.optimizer import recovery
 from tiny_hosts import BINARY_LAYERS, SmoothConv, clusters, loss_of, points, state, train
-from training_helpers import F64, OPTIMIZERS, applied
+from training_helpers import F64, OPTIMIZERS, applied, each_mode
 
 
 def trained(monkeypatch: pytest.MonkeyPatch, *, look: bool, optimizer: str, **options: Any) -> dict[str, Tensor]:
@@ -40,7 +40,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, *, look: bool, optimizer: str, **op
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+@each_mode
 @pytest.mark.parametrize("per", ["filter", "layer"])
 @pytest.mark.parametrize("rule", get_args(Rule))
 def test_training_is_the_same(monkeypatch: pytest.MonkeyPatch, rule: str, per: str, mode: str, optimizer: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils.data import DataLoader, TensorDataset
 
 import hbnn_plugin
 from tiny_hosts import (
@@ -47,6 +48,13 @@ GEOMETRIES = [
 each_geometry = pytest.mark.parametrize("options", GEOMETRIES, ids=lambda o: "-".join(map(str, o.values())))
 each_host = pytest.mark.parametrize("host", HOSTS, ids=lambda h: h.__name__)
 
+MODES = ("parametrize", "inplace")
+each_mode = pytest.mark.parametrize("mode", MODES)
+each_pair = pytest.mark.parametrize(("ours", "theirs"), list(itertools.product(MODES, MODES)))
+
+BATCHES = 4
+"""Of one pass over what `loader` gives."""
+
 
 def applied(conv: Any = IrConv, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> TinyNet:
     """A tiny network with clusters on it."""
@@ -60,6 +68,14 @@ def trained(host: Any = IrConv, seed: int = 0, **options: Any) -> TinyNet:
     net = applied(host, seed, **options)
     train(net, SGD(net.parameters(), lr=1.0, momentum=0.9), 2)
     return net.eval()
+
+
+def loader(dtype: torch.dtype = F64) -> DataLoader[tuple[Tensor, ...]]:
+    """The same few batches in each pass, for trainers that take a loader."""
+    size = 6
+    batches = [batch(seed, dtype, size) for seed in range(BATCHES)]
+    x, y = (torch.cat(part) for part in zip(*batches))
+    return DataLoader(TensorDataset(x, y), batch_size=size)
 
 
 def saved(obj: Any) -> Any:
