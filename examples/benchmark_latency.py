@@ -6,7 +6,7 @@
     python examples/benchmark_latency.py --report             # tables and picture, from the committed lines alone
 
 Everything runs in turns in one process (``measuring.py``); ratios are taken within a turn. Needs openvino; int8 needs
-nncf and is left out without it.
+nncf (the extra ``int8``) and is left out without it.
 """
 
 from __future__ import annotations

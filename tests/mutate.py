@@ -1,4 +1,4 @@
-"""Can the tests of the map fail? Break a copy of the library in several ways and see that they do.
+"""Can the tests of the map and of the hosts fail? Break a copy of each in several ways and see that they do.
 
 python tests/mutate.py
 """
@@ -13,9 +13,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("tests/test_map.py", "tests/test_map_torch.py")
 
-MUTATIONS = [
+MAP = [
     (
         "geometry/ball.py",
         "more, beta, per_d = b * theta_squared / d,",
@@ -31,28 +30,51 @@ MUTATIONS = [
     ("geometry/passes.py", "torch.float64) else torch.float32", "torch.float64) else dtype", "half precision inside"),
 ]
 
+HOSTS = [
+    ("irnet.py", "T_MAX = 1e1", "T_MAX = 1.0", "IR-Net: the last t"),
+    ("irnet.py", ".mul_(k * t)", ".mul_(t)", "IR-Net: the estimator without k"),
+    ("irnet.py", "binary * shift.exp2()", "binary", "IR-Net: the scale left out"),
+    ("recu.py", "TAU_MIN = 0.85", "TAU_MIN = 0.55", "ReCU: the first τ"),
+    ("recu.py", "torch.log(2 - 2 * self.tau)", "torch.log(2.5 - 2 * self.tau)", "ReCU: the quantile"),
+    ("recu.py", "if self.training:", "if not self.training:", "ReCU: when activations are divided"),
+    ("siman.py", "PERCENT_START * (1 - progress)", "PERCENT_START * progress", "SiMaN: the percentile rises"),
+    ("siman.py", "(magnitude - magnitude.detach())", "(weight - weight.detach())", "SiMaN: a gradient past |ŵ|"),
+    ("common.py", ".mul_(-2).add_(2)", ".neg_().add_(2)", "QuadraticSign: 2 - |x|"),
+]
+
+SUITES = [
+    ("hbnn_plugin", MAP, ("tests/test_map.py", "tests/test_map_torch.py")),
+    ("examples/hosts", HOSTS, ("tests/test_example_hosts.py",)),
+]
+
+
+def fails(name: str, good: str, bad: str, tests: tuple[str, ...]) -> bool:
+    """Whether a test fails where the file says ``bad`` instead of ``good``."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("hbnn_plugin", "tests", "examples", "pyproject.toml"):
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / part)
+        path = copy / name
+        text = path.read_text()
+        if text.count(good) != 1:
+            sys.exit(f"{name} no longer holds {good!r} exactly once; renew the mutation")
+        path.write_text(text.replace(good, bad))
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
+        done = subprocess.run(command, cwd=copy, env={**os.environ, "PYTHONPATH": folder}, capture_output=True)
+        return done.returncode == 1
+
 
 def main() -> None:
     survivors = 0
-    for name, good, bad, what in MUTATIONS:
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder)
-            for part in ("hbnn_plugin", "tests", "examples", "pyproject.toml"):
-                source = ROOT / part
-                if source.is_dir():
-                    shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-                else:
-                    shutil.copy(source, copy / part)
-            path = copy / "hbnn_plugin" / name
-            text = path.read_text()
-            if text.count(good) != 1:
-                sys.exit(f"{name} no longer holds {good!r} exactly once; renew the mutation")
-            path.write_text(text.replace(good, bad))
-            command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *TESTS]
-            done = subprocess.run(command, cwd=copy, env={**os.environ, "PYTHONPATH": folder}, capture_output=True)
-            caught = done.returncode == 1
+    for folder, mutations, tests in SUITES:
+        for name, good, bad, what in mutations:
+            caught = fails(f"{folder}/{name}", good, bad, tests)
             survivors += not caught
-            print(f"{'caught  ' if caught else 'SURVIVED'}  {name}: {what}")
+            print(f"{'caught  ' if caught else 'SURVIVED'}  {name}: {what}", flush=True)
     sys.exit(survivors)
 
 

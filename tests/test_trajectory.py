@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,13 @@ from tiny_hosts import latent as latent_of
 
 STEPS = 5
 
+MOVES = [
+    *itertools.product(("mobius", "riemannian", "spectral"), (0.0, 0.5), (False, True)),
+    *itertools.product(("riemannian-adam",), (0.0,), (False, True)),  # its momentum is its own
+    ("fixed", 0.0, False),  # nothing moves, whoever steps
+]
+"""Every rule with the momenta it obeys, its points stepped with the optimizer or by ClusterSGD."""
+
 both_modes = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
 
 
@@ -24,17 +33,21 @@ both_modes = pytest.mark.parametrize("mode", ["parametrize", "inplace"])
 @pytest.mark.parametrize("per", ["filter", "layer"])
 @both_modes
 def test_the_identity_map_leaves_the_hosts_trajectory(host_name: str, per: str, mode: str) -> None:
+    """In float64, and no activation at zero: else rounding turns a sign, and what follows is another training."""
     host = get_host(host_name, "resnet8")
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(3, 16, 3, 8, 8, generator=generator)
+    images = torch.randn(3, 16, 3, 8, 8, dtype=torch.float64, generator=generator)
     labels = torch.randint(0, 10, (3, 16), generator=generator)
 
     def train(applied: bool) -> tuple[nn.Module, list[float]]:
         torch.manual_seed(0)
-        model = resnet8(host.conv, width=4)
+        model = resnet8(host.conv, width=4).double()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # a bias of zero keeps at zero the sums of ±1 that equal their mean
+                nn.init.normal_(module.bias)
         host.set_progress(model, 0.3)
         if applied:
-            hbnn_plugin.apply(model, radius=1e-12, rule="fixed", per=per, mode=mode)
+            hbnn_plugin.apply(model, radius=1e-15, rule="fixed", per=per, mode=mode)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         losses = []
         for x, y in zip(images, labels, strict=True):
@@ -48,24 +61,20 @@ def test_the_identity_map_leaves_the_hosts_trajectory(host_name: str, per: str, 
     bare, bare_losses = train(applied=False)
     ours, our_losses = train(applied=True)
     hbnn_plugin.fuse(ours)
-    assert our_losses == pytest.approx(bare_losses, rel=1e-5)
+    assert our_losses == pytest.approx(bare_losses, rel=1e-11)
     for (name, mine), (bare_name, reference) in zip(ours.named_parameters(), bare.named_parameters(), strict=True):
         assert name == bare_name
-        assert torch.allclose(mine, reference, rtol=1e-4, atol=2e-6), name
+        assert torch.allclose(mine, reference, rtol=1e-10, atol=1e-12), name
 
 
 @pytest.mark.filterwarnings("ignore:.*two-valued")
-@pytest.mark.parametrize("explicit", [False, True], ids=["automatic", "ClusterSGD"])
-@pytest.mark.parametrize("rule", ["mobius", "riemannian", "riemannian-adam", "spectral", "fixed"])
+@pytest.mark.parametrize(("rule", "point_momentum", "explicit"), MOVES)
 @pytest.mark.parametrize("per", ["filter", "layer"])
 @pytest.mark.parametrize("space", ["ball", "sphere"])
-@pytest.mark.parametrize("point_momentum", [0.0, 0.5])
 @both_modes
 def test_moving_points_follow_an_independent_loop_written_with_geoopt(
-    space: str, per: str, rule: str, explicit: bool, point_momentum: float, mode: str
+    space: str, per: str, rule: str, point_momentum: float, explicit: bool, mode: str
 ) -> None:
-    if rule == "riemannian-adam":
-        point_momentum = 0.0  # it has its own
     radius, point_lr = (0.05, 0.7) if space == "ball" else (1.0, 0.7)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(STEPS, 8, 3, 6, 6, dtype=torch.float64, generator=generator)
@@ -80,7 +89,7 @@ def test_moving_points_follow_an_independent_loop_written_with_geoopt(
     )
     options = {"space": space, "radius": radius, "per": per, "rule": rule, "point_lr": point_lr}
     model = hbnn_plugin.apply(build(), **options, point_momentum=point_momentum, mode=mode)
-    optimizer_class = hbnn_plugin.ClusterSGD if explicit and rule != "fixed" else torch.optim.SGD
+    optimizer_class = hbnn_plugin.ClusterSGD if explicit else torch.optim.SGD
     optimizer = optimizer_class(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for x, y in zip(images, labels, strict=True):
