@@ -27,7 +27,7 @@ MAP = [
     ("geometry/ball.py", "return -room_p * ratio", "return room_p * ratio", "inverse: sign of p's coefficient"),
     ("geometry/sphere.py", "alpha=cos - s * rq,", "alpha=cos + s * rq,", "sphere: v's radial part added, not removed"),
     ("geometry/exponential.py", "2 * k.alpha_v", "k.alpha_v", "backward: a factor 2"),
-    ("geometry/passes.py", "torch.float64) else torch.float32", "torch.float64) else dtype", "half precision inside"),
+    ("geometry/dtypes.py", "torch.float64) else torch.float32", "torch.float64) else dtype", "half precision inside"),
 ]
 
 HOSTS = [
