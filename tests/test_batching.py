@@ -83,6 +83,37 @@ def test_a_forward_maps_every_layer_once_and_leaves_nothing(monkeypatch: pytest.
     assert all(epc.foreseen is None for epc in clusters(net))
 
 
+class ReadsTwice(nn.Conv2d):
+    """Asks for its weight several times, as hosts with a scale and a shape do; edits what it has read first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.abs().mean((1, 2, 3)).view(self.weight.size(0), 1, 1, 1)
+        self.weight.data.zero_()  # memory of its own: nobody else's
+        return self._conv_forward(x, self.weight.tanh() * scale, self.bias)
+
+
+@pytest.mark.filterwarnings("ignore:.*something has written into its weight")
+@pytest.mark.parametrize("size", [0.1, 1e20])  # the latter is tamed
+def test_a_weight_that_is_read_twice_is_mapped_once(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hbnn_plugin.geometry import exponential  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    net = hbnn_plugin.apply(nn.Sequential(ReadsTwice(3, 4, 3), ReadsTwice(4, 4, 3)), mode="parametrize")
+    for layer in clusters(net):
+        layer.point.normal_(std=0.05)
+        layer.parameter.data.mul_(size)
+    net.forward(images()).square().sum().backward()  # a direct call works nothing out
+    single = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    maps = []
+    original = exponential._scalars
+    monkeypatch.setattr(exponential, "_scalars", lambda these, out: maps.extend(these) or original(these, out))
+    net(images()).square().sum().backward()
+    assert len(maps) == 2
+    for parameter, grad in zip(net.parameters(), single):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-8)
+
+
 def test_edits_that_bump_no_version_are_seen() -> None:
     net = applied()
     before = net(images())
@@ -150,7 +181,7 @@ def test_latents_that_wait_elsewhere_are_not_mapped() -> None:
         assert not layer.foresees_its_map
 
 
-def test_a_weight_that_is_read_twice_is_mapped_twice() -> None:
+def test_two_reads_are_equal_and_share_no_memory() -> None:
     net = applied()
     layer = getattr(net, BINARY_LAYERS[0])
     seen: list[Tensor] = []

@@ -145,11 +145,12 @@ class Checkpointed(TinyNet):
 
 @each_mode
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_changes_nothing(reentrant: bool, mode: str) -> None:
+@pytest.mark.parametrize("conv", [IrConv, ScaledConv])  # the latter reads its weight twice
+def test_activation_checkpointing_changes_nothing(conv: Any, reentrant: bool, mode: str) -> None:
     nets = []
     for cls in (TinyNet, Checkpointed):
         torch.manual_seed(0)
-        net = cls(IrConv)
+        net = cls(conv)
         net.reentrant = reentrant
         hbnn_plugin.apply(net, mode=mode)
         train(net, SGD(net.parameters(), lr=0.3, momentum=0.9), 3)

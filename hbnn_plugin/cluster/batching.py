@@ -3,9 +3,9 @@
 A map's scalars are some hundred operations on one number a point. Layer by layer they would be most of the plugin's
 cost in a small network, and most of its kernels on a GPU; over all layers at once they cost what one layer's cost.
 
-This lasts from the beginning of the model's forward to its end, and each weight is read from it once, if its latent is
-then what it was. Any other read works its own map out: between two forwards a latent may change unseen (``.data`` edits
-bump no version), and what is kept from step to step could be stale.
+This lasts from the beginning of the model's forward to its end, for as long as the latent is what it was. Any other
+read works its own map out: between two forwards a latent may change unseen (``.data`` edits bump no version), and what
+is kept from step to step could be stale.
 """
 
 from __future__ import annotations

@@ -102,9 +102,10 @@ class Parametrized(EPC):
             return whole(latent)
         if traced():  # which fuses by itself, and would guard on every counter that it meets
             return self.weight_of(latent)
-        foreseen, self.foreseen = self.foreseen, None  # to be read once
+        foreseen = self.foreseen
         if foreseen is not None and foreseen[0] is latent and foreseen[1] == _version(latent):
             weight = exp_map_mapped(self.map_of(latent), foreseen[2]).reshape(latent.shape).to(latent.dtype)
+            self.foreseen = (*foreseen[:2], foreseen[2]._replace(weight=None))  # that memory is the reader's now
         else:
             weight = self.weight_of(latent)
         if type(latent) is nn.Parameter and not recorded():
@@ -115,7 +116,7 @@ class Parametrized(EPC):
         return weight
 
     def foresee(self, mapped: Mapped) -> None:
-        """Let the next read of the weight take this, unless the latent has changed by then."""
+        """Let reads of the weight take this, until the forward ends or the latent changes."""
         self.foreseen = self.parameter, _version(self.parameter), mapped
 
     @property

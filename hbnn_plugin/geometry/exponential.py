@@ -61,8 +61,8 @@ class Map(NamedTuple):
 class Mapped(NamedTuple):
     """A map's result and what its backward needs beside the vectors."""
 
-    weight: Tensor
-    """x, in memory of its own."""
+    weight: Tensor | None
+    """x, in memory of its own; None once somebody has it: the next gets another."""
     scalars: Tensor
     """(9, ...), size 1 in the map's dims: :func:`_table`, and v's taming."""
     careful: bool
@@ -180,7 +180,13 @@ class _Exp(torch.autograd.Function):
 
     @staticmethod
     def forward(p: Tensor, v: Tensor, mapped: Mapped | None, r: Radius, space: Space, dims: Dims) -> Mapped:
-        return mapped or exp_maps([Map(p, v, r, space, dims)])[0]
+        if mapped is None:
+            return exp_maps([Map(p, v, r, space, dims)])[0]
+        if mapped.weight is None:
+            tame = v * mapped.scalars[_TAMING].to(v.dtype) if mapped.careful else v
+            alpha, beta = mapped.scalars[_RESULT]
+            return mapped._replace(weight=combine((beta, alpha), (tame, p)))
+        return mapped
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Mapped) -> None:
