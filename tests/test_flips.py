@@ -183,7 +183,9 @@ class NeedsMore(IrConv):
 
 def test_a_host_that_wants_other_inputs_is_counted_by_the_sign_of_its_weight() -> None:
     layer = NeedsMore(3, 4, 3)
-    with pytest.warns(UserWarning, match="^NeedsMore: could not be run on a small input.*sign of its weight"):
+    with pytest.warns(
+        UserWarning, match="^NeedsMore: what it convolves with could not be seen on a small input.*sign of its weight"
+    ):
         hbnn_plugin.apply(layer)
     assert convolved_weight(layer, (4, 3, 3, 3), layer.weight) is None
     positive = int((layer.weight > 0).sum())

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
@@ -58,6 +59,7 @@ from tiny_hosts import (
     SimanConv,
     SimanZeroOneConv,
     SmoothConv,
+    TinyNet,
     clusters,
     latents,
     points,
@@ -245,6 +247,96 @@ def test_whoever_holds_the_weight_is_seen(held: Callable[[object], object], with
     assert hbnn_plugin.plan(net).reason == "conv1 has its weight held by a Holder too"
     holder.what = None
     assert hbnn_plugin.plan(net).reason is None
+
+
+def test_the_globals_of_a_notebook_are_no_holder() -> None:
+    net = tiny_net(ScaledConv)
+    shell = Holder({"__builtins__": {}, "parameters": list(net.parameters()), "w": net.conv1.weight})
+    assert hbnn_plugin.plan(net).reason is None
+    assert shell
+
+
+class LearnedScale(nn.Parameter):
+    """With a method that a forward calls."""
+
+    def start(self) -> None: ...
+
+
+class ScaleStartsConv(ScaledConv):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.scale = LearnedScale(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.start()
+        return super().forward(x) * self.scale
+
+
+class ScaleStartsAndClipsConv(ScaleStartsConv):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = self.weight.data.clamp(-1, 1)
+        return super().forward(x)
+
+
+class ClipsWithMaskConv(ScaledConv):
+    """Is not run on images alone."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x * mask
+        self.weight.data = self.weight.data.clamp(-1, 1)
+        return super().forward(x)
+
+
+class RegisteredConv(ScaledConv):
+    def __init_subclass__(cls, *, key: str, **options: Any) -> None:
+        super().__init_subclass__(**options)
+
+
+class OwnLoading(TinyNet):
+    """As super-resolution codebases load, key by key."""
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True) -> None:  # type: ignore[override]
+        for name, value in state_dict.items():
+            self.state_dict()[name].copy_(value)
+
+
+class CalibratingConv(ScaledConv):
+    """Looks at what the real weight makes of its input first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self._conv_forward(x, self.weight, None).abs().mean().detach()
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize(
+    ("conv", "reason"),
+    [
+        (ScaleStartsConv, None),
+        (ScaleStartsAndClipsConv, "conv1 edits its weight in its forward"),
+        (
+            ClipsWithMaskConv,
+            "conv1 could not be run to see whether it edits its weight, and mentions .data in its methods",
+        ),
+        (RegisteredConv, "conv1 is of a class with an __init_subclass__, and a parametrization makes a subclass"),
+        (CalibratingConv, None),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_layers_that_are_hard_to_run(conv: type[nn.Module], reason: str | None) -> None:
+    net = tiny_net(conv)
+    assert hbnn_plugin.plan(net).reason == reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if conv is ClipsWithMaskConv else "error")
+        hbnn_plugin.apply(net)
+
+
+def test_a_load_state_dict_of_the_hosts_own_takes_in_place_mode() -> None:
+    torch.manual_seed(0)
+    net, plain = OwnLoading(IrConv), OwnLoading(IrConv)
+    assert hbnn_plugin.plan(net).reason == "OwnLoading has a load_state_dict of its own"
+    hbnn_plugin.apply(net).load_state_dict(plain.state_dict())
+    assert torch.equal(net.conv1.weight, plain.conv1.weight)
+    assert hbnn_plugin.plan(nn.Sequential(tiny_net(IrConv), nn.Identity())).reason is None
 
 
 @pytest.mark.parametrize("read", READS, ids=lambda f: f.__name__.strip("_"))

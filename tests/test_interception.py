@@ -83,6 +83,18 @@ def test_a_rebuilt_optimizer_changes_nothing_more(watch: Interception) -> None:
     assert watch.models == [net]
 
 
+def test_a_script_that_applies_by_itself_is_watched_too() -> None:
+    said: list[str] = []
+    watch = Interception({}, said.append)
+    watch.start()
+    try:
+        net = hbnn_plugin.apply(nn.Sequential(IrConv(3, 4, 3, bias=False), nn.Flatten()), mode="parametrize")
+        SGD(net.parameters(), lr=0.1)
+    finally:
+        watch.stop()
+    assert (watch.applied, watch.models, said) == (True, [net], [])
+
+
 @pytest.mark.parametrize("form", ["groups", "groups of generators", "named", "keyword"])
 def test_every_way_to_hand_over_parameters(watch: Interception, form: str) -> None:
     net = tiny_net(IrConv)

@@ -66,15 +66,16 @@ def test_binary_weights_are_what_they_were_right_after_apply(host: Any, options:
 
 def test_weights_outside_the_ball_are_reported_with_the_mend() -> None:
     with pytest.warns(
-        UserWarning, match=r"^2 point\(s\) of conv1, conv2 start at the edge.*4.47.*relative=True"
+        UserWarning, match=r"^2 point\(s\) of conv1, conv2 start at the edge.*4.47.*relative=True.*per='filter'"
     ) as caught:
         hbnn_plugin.apply(scaled_to(tiny_net(), 32.0), per="layer")
     assert len(caught) == 1
     assert caught[0].filename == __file__
     net = tiny_net()
     net.conv1.weight.data *= 100
-    with pytest.warns(UserWarning, match=r"^5 point\(s\) of conv1 start at the edge"):
+    with pytest.warns(UserWarning, match=r"^5 point\(s\) of conv1 start at the edge") as caught:
         hbnn_plugin.apply(net)
+    assert "per=" not in str(caught[0].message)
 
 
 @pytest.mark.parametrize("per", ["filter", "layer"])

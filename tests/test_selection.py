@@ -155,6 +155,18 @@ def test_a_convolution_is_found_wherever_in_the_class_it_is_called(cls: Any) -> 
     assert [layer.name for layer in hbnn_plugin.plan(nn.Sequential(cls())).layers] == ["0"]
 
 
+def test_frozen_layers_are_left_out_unless_they_are_named() -> None:
+    net = tiny_net()
+    net.conv1.requires_grad_(False)
+    made = hbnn_plugin.plan(net)
+    assert [layer.name for layer in made.layers] == ["conv2"]
+    assert repr(made).splitlines()[0].endswith("; left out, because frozen: conv1")
+    assert len(hbnn_plugin.plan(net, where=hbnn_plugin.by_class(type(net.conv1)))) == 2
+    net.requires_grad_(False)
+    with pytest.raises(ValueError, match="every binary convolution of TinyNet is frozen: conv1, conv2"):
+        hbnn_plugin.apply(net)
+
+
 def test_apply_on_parts_one_after_the_other() -> None:
     net = tiny_net()
     hbnn_plugin.apply(net, where=by_name("conv1"), radius=0.2)

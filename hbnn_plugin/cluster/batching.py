@@ -23,6 +23,7 @@ __all__ = ["install_batching", "remove_batching"]
 
 def install_batching(model: nn.Module) -> None:
     """From now on ``model(...)`` works out the maps of the layers inside together."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile: what is inside is traced
     if _map_all in model._forward_pre_hooks.values():
         return
     model.register_forward_pre_hook(_map_all)

@@ -68,7 +68,7 @@ def hold(layer: Selected) -> None:
     """
     module = layer.module
     release(module)
-    edits = edits_its_weight(module, layer.shape, layer.weight)
+    edits = bool(edits_its_weight(module, layer.shape, layer.weight))
     layer.weight.requires_grad_(False)
     module.forward = partial(_forward, module, layer.label, layer.tensor_name, edits)
     module._register_load_state_dict_pre_hook(

@@ -14,8 +14,8 @@ __all__ = ["binary_value", "by_unit", "is_two_valued", "pack_bits", "unpack_bits
 def is_two_valued(weight: Tensor, unit_dims: tuple[int, ...] = (0,)) -> bool:
     """Whether each filter of a convolved weight, which is what ``unit_dims`` count, holds at most two values.
 
-    That is up to a thousandth of their distance, or a few roundings of a coarser dtype: hosts that write
-    sign(w).detach() − w.detach() + w leave rounding.
+    That is up to a thousandth of their distance or, if that is larger, of their size, or a few roundings of a coarser
+    dtype: hosts that write sign(w).detach() − w.detach() + w leave rounding.
     """
     rows = by_unit(weight, unit_dims).float()
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)

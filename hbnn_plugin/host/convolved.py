@@ -57,7 +57,8 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            self.weights.append(weight.detach().clone())  # its host may put other values there
+            if isinstance(weight, Tensor):  # not a library's pair of values and scale
+                self.weights.append(weight.detach().clone())  # its host may put other values there
         elif func is _SET_DATA:
             self.assigned.append(args[0])
         return func(*args, **kwargs)
@@ -90,8 +91,10 @@ def convolved_weight(
 ) -> Tensor | None:
     """The tensor that ``module.forward`` convolves with, or None where the layer does not run on a small input.
 
+    Of several, the last: some calibrate with the real weight first.
+
     Args:
-        module: the layer; its buffers, weight, mode and the random state are left as they were.
+        module: the layer; its buffers, weight, mode and torch's random state are left as they were.
         shape: the logical shape of its weight.
         weight: its weight, for dtype, device and size.
         evaluating: look in evaluation mode; else in the mode that the layer is in.
@@ -104,12 +107,15 @@ def convolved_weight(
         if not _runs(module, shape, weight, recorder):
             return None
     found = [w for w in recorder.weights if w.numel() == weight.numel()]
-    return found[0] if found else None
+    return found[-1] if found else None
 
 
 @torch.no_grad()
-def edits_its_weight(module: nn.Module, shape: tuple[int, ...], weight: Tensor) -> bool:
-    """Whether ``module.forward`` writes into its weight, or puts an attribute on it; everything is left as it was."""
+def edits_its_weight(module: nn.Module, shape: tuple[int, ...], weight: Tensor) -> bool | None:
+    """Whether ``module.forward`` writes into its weight, or puts an attribute on it; everything is left as it was.
+
+    None if nothing was seen and it could not be run to the end.
+    """
     if not isinstance(weight, nn.Parameter):
         return False
     recorder = _Recorder()
@@ -121,9 +127,10 @@ def edits_its_weight(module: nn.Module, shape: tuple[int, ...], weight: Tensor) 
         before, attributes = strange.clone(), set(vars(weight))
         for m in module.modules():
             m.training = True
-        _runs(module, shape, weight, recorder)
+        ran = _runs(module, shape, weight, recorder)
         moved = weight.data_ptr() != strange.data_ptr() or not torch.equal(weight, before)
-        return moved or any(tensor is weight for tensor in recorder.assigned) or set(vars(weight)) != attributes
+        edits = moved or any(tensor is weight for tensor in recorder.assigned) or set(vars(weight)) != attributes
+        return edits or (False if ran else None)
 
 
 def _runs(module: nn.Module, shape: tuple[int, ...], weight: Tensor, recorder: _Recorder) -> bool:
@@ -151,8 +158,7 @@ def _undisturbed(module: nn.Module, weight: Tensor) -> Iterator[None]:
             m._buffers.update({name: b.clone() for name, b in buffers.items() if b is not None})
             for name, p in parameters.items():
                 if p is not None and (p is not weight or is_sharded(p)) and not is_lazy(p):
-                    m._parameters[name] = nn.Parameter(whole(p).clone(), requires_grad=p.requires_grad)
-                    vars(m._parameters[name]).update(vars(p))
+                    m._parameters[name] = _copy_of(p)
             vars(m).update({name: _copy(value) for name, value in plain.items() if name not in _MODULE_STATE})
         yield
     finally:
@@ -169,6 +175,15 @@ def _undisturbed(module: nn.Module, weight: Tensor) -> Iterator[None]:
                 weight.data.copy_(before)
             for name in set(vars(weight)) - set(attributes):
                 delattr(weight, name)
+
+
+def _copy_of(parameter: nn.Parameter) -> nn.Parameter:
+    """With its attributes, and the methods of its class, which a forward may call."""
+    cls = type(parameter) if issubclass(type(parameter), nn.Parameter) else nn.Parameter
+    data = whole(parameter.detach()).clone()
+    copied: nn.Parameter = Tensor._make_subclass(cls, data, parameter.requires_grad)
+    vars(copied).update(vars(parameter))
+    return copied
 
 
 def _reset(now: MutableMapping[str, Any], then: Mapping[str, Any]) -> None:

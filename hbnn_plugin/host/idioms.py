@@ -19,7 +19,7 @@ from .bits import is_two_valued
 from .convolved import convolved_weight, edits_its_weight
 from .selection import LIBRARIES, Selected, names_in_methods, own_class
 
-__all__ = ["held_elsewhere", "reason_for_inplace"]
+__all__ = ["held_elsewhere", "loads_by_itself", "reason_for_inplace"]
 
 _CONTAINERS = (list, tuple, dict, set)
 _NESTED = 4
@@ -35,10 +35,20 @@ def reason_for_inplace(layers: Sequence[Selected], binarized_later: bool = False
         attributes = sorted(vars(layer.weight)) if isinstance(layer.weight, nn.Parameter) else []
         if attributes:
             return f"{layer.label} keeps .{attributes[0]} on its weight"
-        if edits_its_weight(layer.module, layer.shape, layer.weight):
+        edits, named = (
+            edits_its_weight(layer.module, layer.shape, layer.weight),
+            names_in_methods(own_class(layer.module)),
+        )
+        if edits:
             return f"{layer.label} edits its weight in its forward"
-        if "grad" in names_in_methods(own_class(layer.module)):
+        if edits is None and "data" in named:
+            return (
+                f"{layer.label} could not be run to see whether it edits its weight, and mentions .data in its methods"
+            )
+        if "grad" in named:
             return f"{layer.label} looks at a .grad in its methods"
+        if _notices_subclasses(own_class(layer.module)):
+            return f"{layer.label} is of a class with an __init_subclass__, and a parametrization makes a subclass"
     for label, owner in held_elsewhere(layers).items():
         return f"{label} has its weight held by a {owner} too"
     if not binarized_later:
@@ -46,6 +56,21 @@ def reason_for_inplace(layers: Sequence[Selected], binarized_later: bool = False
             if _convolves_as_it_is(layer):
                 return f"{layer.label} convolves with its weight as it is, so that your trainer has to make it binary"
     return None
+
+
+def loads_by_itself(model: nn.Module, layers: Sequence[Selected]) -> str | None:
+    """Which module around a layer overrides ``load_state_dict``: it would not know the keys of a parametrization."""
+    inside = {id(layer.module) for layer in layers}
+    for name, module in model.named_modules():
+        cls = next(c for c in type(module).__mro__ if "load_state_dict" in vars(c))
+        if cls.__module__.split(".")[0] not in LIBRARIES and any(id(m) in inside for m in module.modules()):
+            return f"{name or own_class(module).__name__} has a load_state_dict of its own"
+    return None
+
+
+def _notices_subclasses(cls: type) -> bool:
+    passive = {"builtins", "typing", "abc", *LIBRARIES}
+    return any("__init_subclass__" in vars(c) for c in cls.__mro__ if c.__module__.split(".")[0] not in passive)
 
 
 def _convolves_as_it_is(layer: Selected) -> bool:
@@ -73,6 +98,8 @@ def held_elsewhere(layers: Sequence[Selected]) -> dict[str, str]:
         ours.add(id(found))
         for referrer in referrers:
             held = set().union(*(labels.get(id(r), ()) for r in gc.get_referents(referrer)))
+            if _is_namespace(referrer):
+                continue
             if held and isinstance(referrer, _CONTAINERS) and not isinstance(referrer, Selected):
                 labels[id(referrer)] = held
                 found.append(referrer)
@@ -82,6 +109,11 @@ def held_elsewhere(layers: Sequence[Selected]) -> dict[str, str]:
         if not level:
             break
     return {layer.label: owners[layer.label] for layer in layers if layer.label in owners}
+
+
+def _is_namespace(referrer: object) -> bool:
+    """Whether these are the globals of a script or a notebook, whose variables edit nothing."""
+    return isinstance(referrer, dict) and "__builtins__" in referrer
 
 
 def _is_foreign(owner: object) -> bool:

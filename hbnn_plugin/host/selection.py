@@ -20,6 +20,7 @@ __all__ = [
     "binary_convolutions",
     "by_class",
     "by_name",
+    "is_frozen",
     "names_in_methods",
     "own_class",
     "select",
@@ -100,6 +101,12 @@ def by_class(*classes: type[nn.Module]) -> Predicate:
 
     predicate.__qualname__ = f"by_class({', '.join(c.__name__ for c in classes)})"
     return predicate
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether the module's own weight takes no gradient, such as a convolution that shifts colours by a constant."""
+    weight = module._parameters.get(_weight_of(module) or "")
+    return weight is not None and weight.is_floating_point() and not weight.requires_grad
 
 
 def select(model: nn.Module, where: Predicate) -> Iterator[tuple[str, nn.Module, Selected | None]]:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..cluster.epc import find
-from ..host.selection import Predicate, binary_convolutions
+from ..host.selection import Predicate, binary_convolutions, is_frozen
 from ..retrofit.apply import apply, plan
 from ..retrofit.binarize import plan_binarization
 from ..retrofit.checkpoint import holds_clusters
@@ -98,7 +98,7 @@ class Interception:
         params = given if isinstance(given, Tensor) else list(given)  # a generator yields once
         tensors = {id(t) for t in _tensors(params)}
         for root in _outermost_modules():
-            if any(id(p) in tensors for layer in self._layers(root) for p in layer._parameters.values()):
+            if any(id(p) in tensors for layer in self._layers(root) for p in layer.parameters()):
                 self._apply(root)
                 self._keep(root)
         if len(args) > 1:
@@ -172,7 +172,8 @@ class Interception:
                 return [model.get_submodule(name) for name in plan_binarization(model, binarize, None)]
             return []
         predicate = where or binary_convolutions
-        return [m for name, m in model.named_modules() if predicate(m, name)]
+        chosen = [m for name, m in model.named_modules() if predicate(m, name)]
+        return chosen if where is not None else [m for m in chosen if not is_frozen(m)]
 
     def _apply(self, model: nn.Module) -> None:
         if not any(find(module) for module in model.modules()):

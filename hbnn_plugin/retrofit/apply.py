@@ -106,8 +106,8 @@ def apply(
         space: ``"ball"`` (HBNN) or ``"sphere"`` (SBNN).
         radius: r > 0; the ball ends at ‖x‖ = 1/√r. Default 0.05 for the ball, 1.0 for the sphere (Table I).
         per: one point per output unit (``"filter"``) or one per ``"layer"``.
-        where: predicate ``(module, qualified_name) -> bool``; default: convolutions of a class of the model's own. See
-            :func:`by_name` and :func:`by_class`.
+        where: predicate ``(module, qualified_name) -> bool``; default: convolutions of a class of the model's own that
+            are not frozen. See :func:`by_name` and :func:`by_class`.
         binarize: for a full-precision model: ``"1/1"`` (weights/activations) or ``"1/32"`` binarizes its convolutions
             first. For ``"1/1"`` every ``nn.ReLU`` outside the classifier becomes ``nn.Hardtanh``.
         mode: ``"parametrize"``: the weight becomes a torch parametrization of its latent; ``"inplace"``: the host keeps
@@ -201,10 +201,11 @@ def _two_valued_later(layer: Selected) -> bool:
 def _warn_about(made: Plan, outside: dict[str, int], convolved: dict[str, Tensor | None]) -> None:
     displaced = {name: n for name, n in outside.items() if n}
     if displaced and made.settings.space == "ball":
+        finer = "So does per='filter'." if made.settings.per == "layer" else ""
         warnings.warn(
             f"{sum(displaced.values())} point(s) of {', '.join(displaced)} start at the edge of the ball: the weight's "
             f"norm is beyond 1/√radius = {made.settings.radius**-0.5:.3g}. Its direction, so its binary value, is "
-            "kept; its gradient is small there. per='filter', a smaller radius, or relative=True avoids that.",
+            f"kept; its gradient is small there. A smaller radius, or relative=True, avoids that. {finer}",
             stacklevel=3,
         )
     seen = [(s, weight) for s in made.layers if (weight := convolved[s.label]) is not None]
@@ -222,7 +223,7 @@ def _warn_about(made: Plan, outside: dict[str, int], convolved: dict[str, Tensor
     unseen = [label for label, weight in convolved.items() if weight is None]
     if unseen:
         warnings.warn(
-            f"{', '.join(unseen)}: could not be run on a small input to see what it convolves with, so its flips are "
-            "counted on the sign of its weight.",
+            f"{', '.join(unseen)}: what it convolves with could not be seen on a small input, so its flips are counted "
+            "on the sign of its weight.",
             stacklevel=3,
         )

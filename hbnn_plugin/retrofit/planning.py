@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import dataclass
 from typing import get_args
@@ -13,8 +14,8 @@ from torch.nn.parameter import UninitializedParameter
 from ..cluster.epc import alive, find
 from ..cluster.settings import Mode, Settings
 from ..diagnostics.tables import table
-from ..host.idioms import reason_for_inplace
-from ..host.selection import Predicate, Selected, binary_convolutions, own_class, select
+from ..host.idioms import loads_by_itself, reason_for_inplace
+from ..host.selection import Predicate, Selected, binary_convolutions, is_frozen, own_class, select
 from ..host.sharding import is_sharded
 
 __all__ = ["Plan", "check_model", "check_where", "make_plan"]
@@ -32,6 +33,8 @@ class Plan:
     """``"parametrize"`` or ``"inplace"``."""
     reason: str | None = None
     """Why the mode is not ``"parametrize"``, if it was left to the plugin."""
+    frozen: tuple[str, ...] = ()
+    """Layers that were left out because their weight takes no gradient; ``where`` would take them."""
     binarize: str | None = None
     """What a full-precision model is made first: ``"1/1"``, ``"1/32"`` or nothing."""
 
@@ -53,6 +56,8 @@ class Plan:
             title += f"; binarize={self.binarize!r}"
         if self.mode == "inplace":
             title += "; mode='inplace'" + (f", because {self.reason}" if self.reason else "")
+        if self.frozen:
+            title += f"; left out, because frozen: {', '.join(self.frozen)}"
         return table(title, ("layer", "class", "tensor", "shape", "points"), rows)
 
 
@@ -70,27 +75,34 @@ def make_plan(
     check_where(where)
     predicate = where or binary_convolutions
     layers: list[Selected] = []
+    frozen: list[str] = []
     problems: list[str] = []
     for name, module, selected in select(model, predicate):
+        if where is None and is_frozen(module):
+            frozen.append(name or own_class(module).__name__)
+            continue
         problem = _no_weight(module) if selected is None else _problem(selected, settings)
         if problem is not None:
             cls = own_class(module).__name__
             problems.append(f"{name or cls} ({cls}): {problem}")
         elif selected is not None:
             layers.append(selected)
-    problems += _applied_before(layers)
+    if _applied_before(layers):
+        gc.collect()  # what torch's remove_parametrizations has left is in a cycle
+        problems += _applied_before(layers)
     ties = _broken_ties(model, layers)
     if mode == "parametrize":
         problems += [f"{tie}: select that too, or apply with mode='inplace'" for tie in ties]
     if problems:
         raise ValueError("nothing was changed, because of\n  " + "\n  ".join(problems))
     if not layers:
-        raise ValueError(_nothing_selected(model, where))
+        raise ValueError(_nothing_selected(model, where, frozen))
     reason = None
     if mode is None:
-        reason = wrapper or next(iter(ties), None) or reason_for_inplace(layers, binarized_later=binarize is not None)
+        reason = wrapper or next(iter(ties), None) or loads_by_itself(model, layers)
+        reason = reason or reason_for_inplace(layers, binarized_later=binarize is not None)
         mode = "inplace" if reason else "parametrize"
-    return Plan(settings, tuple(layers), mode, reason, binarize)
+    return Plan(settings, tuple(layers), mode, reason, tuple(frozen), binarize)
 
 
 def check_where(where: object) -> None:
@@ -193,7 +205,12 @@ def _problem(selected: Selected, settings: Settings) -> str | None:
     return None
 
 
-def _nothing_selected(model: nn.Module, where: Predicate | None) -> str:
+def _nothing_selected(model: nn.Module, where: Predicate | None, frozen: list[str]) -> str:
+    if frozen:
+        return (
+            f"every binary convolution of {type(model).__name__} is frozen: {', '.join(frozen)}. Let their weights "
+            "take a gradient (requires_grad_(True)) first, or name them with where=hbnn_plugin.by_name(...)"
+        )
     classes: dict[str, int] = {}
     for module in model.modules():
         if next(module.parameters(recurse=False), None) is not None:
