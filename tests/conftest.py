@@ -26,6 +26,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws depends on no other test, whichever process it runs in."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CIFAR-10's official layout: 10,000 records a file, the first 200 are noise and the rest a sparse zero."""
