@@ -54,6 +54,11 @@ def test_damaged_settings_are_named(how: str, ours: str, theirs: str) -> None:
         tiny_net().load_state_dict(hbnn_plugin.plain_state_dict(checkpoint))
 
 
+def test_an_average_of_checkpoints_is_refused_with_the_mend() -> None:
+    checkpoint = {key: value.float() / 2 for key, value in trained().state_dict().items()}
+    refused(trained(), checkpoint, "conv1: .* are damaged; of checkpoints that are averaged or cast, take the plain_st")
+
+
 @each_mode
 def test_a_truncated_file_loads_nowhere(mode: str, tmp_path: Path) -> None:
     net = trained(mode=mode)

@@ -40,6 +40,15 @@ def test_cluster_optimizers_are_automatic_stepping_to_the_bit(name: str, rule: s
 
 
 @each_cluster_optimizer
+def test_point_lr_stays_when_a_plain_optimizers_state_is_loaded(name: str) -> None:
+    own, plain, options = CLUSTER_OPTIMIZERS[name]
+    net = applied()
+    optimizer = own(net.parameters(), point_lr=2.0, **options)
+    optimizer.load_state_dict(plain(net.parameters(), **options).state_dict())
+    assert [group["point_lr"] for group in optimizer.param_groups] == [2.0]
+
+
+@each_cluster_optimizer
 def test_cluster_optimizers_resume_from_their_state_dict(name: str) -> None:
     own, _, options = CLUSTER_OPTIMIZERS[name]
     one = applied()

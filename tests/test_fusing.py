@@ -47,6 +47,29 @@ def test_fuse_gives_back_the_host(host: Any, options: dict[str, Any]) -> None:
     assert not torch.equal(output(net), expected)
 
 
+def test_the_gradient_of_a_latent_is_not_taken_for_the_weights() -> None:
+    net = trained()
+    assert net.conv1.parametrizations.weight.original.grad is not None
+    assert hbnn_plugin.fuse(net).conv1.weight.grad is None
+
+
+def test_apply_after_torchs_remove_parametrizations() -> None:
+    net = applied()
+    for layer in (net.conv1, net.conv2):
+        parametrize.remove_parametrizations(layer, "weight")
+    hbnn_plugin.apply(net)
+    assert list(clusters(net)) == ["conv1", "conv2"]
+
+
+@pytest.mark.parametrize("mode", ["parametrize", "inplace"])
+def test_other_parameters_may_be_assigned_whatever_class_the_layer_is_given(mode: str) -> None:
+    net = applied(mode=mode)
+    net.conv1.__class__ = type("Sharded", (type(net.conv1),), {})  # as FSDP2 does
+    bias = nn.Parameter(torch.zeros(5))
+    net.conv1.bias = bias
+    assert net.conv1.bias is bias
+
+
 @each_host
 def test_fusing_a_copy_leaves_the_original_working(host: Any) -> None:
     net, reference = trained(host), trained(host)

@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 from torch.optim import SGD, Adam
 
 import hbnn_plugin
+from hbnn_plugin.cluster.inplace import edited
 from hbnn_plugin.geometry.ball import MARGIN
 from inplace_nets import mapped, smooth
 from tiny_hosts import (
@@ -91,13 +92,27 @@ def test_an_edit_out_of_the_ball_keeps_its_direction_and_warns_once() -> None:
         net.conv1.weight.data[1] *= 1e3
         direction = net.conv1.weight.detach()[1] / net.conv1.weight.detach()[1].norm()
         if seed == 0:
-            with pytest.warns(UserWarning, match="conv1: the host moved .* out of the ball at 1 of 5"):
+            with pytest.warns(
+                UserWarning, match=r"the host moved its weight out of the ball in conv1 \(1 of 5 points\)"
+            ):
                 optimizer.step()
         else:
             optimizer.step()
         weight = net.conv1.weight.detach()[1]
         assert weight.norm() == pytest.approx((1 - MARGIN) * 0.05**-0.5, rel=1e-6)
         assert torch.allclose(weight / weight.norm(), direction, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_small_edit_of_every_filter_counts_and_a_rounding_does_not(dtype: torch.dtype) -> None:
+    net = applied(SmoothConv, dtype=dtype, mode="inplace")
+    (epc, _) = clusters(net).values()
+    mapped = epc.weight_of(epc.latent)
+    assert not edited(mapped * (1 + torch.finfo(dtype).eps / 2), mapped, epc.dims).any()
+    centred = mapped + 3 * torch.finfo(dtype).eps * mapped.abs().amax(epc.dims, keepdim=True)
+    if dtype == torch.float32:  # there coordinates are summed in other orders, with roundings of their own
+        centred = centred + 1e-5 * mapped.abs().amax(epc.dims, keepdim=True)
+    assert edited(centred, mapped, epc.dims).all()
 
 
 @pytest.mark.parametrize("conv", [IrConv, HardBinaryConv], ids=lambda c: c.__name__)

@@ -15,6 +15,7 @@ from torch.optim import LBFGS, SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 
 import hbnn_plugin
+from hbnn_plugin.cluster import inplace
 from inplace_nets import CURVED, agree, mapped, smooth
 from tiny_hosts import BINARY_LAYERS, SmoothConv, TinyNet, clusters, latents, loss_of, points, tiny_net, train
 from training_helpers import F64, closure_of
@@ -116,6 +117,90 @@ def test_a_hook_that_raises_leaves_the_mapped_weight(kind: str) -> None:
     before = points(net)
     train(net, optimizer, 2)
     assert mapped(net) and all(not torch.equal(p, before[name]) for name, p in points(net).items())
+
+
+class Interrupted:
+    """A function that is cut off once, at a call, before it does anything or when it has; or each time from then on."""
+
+    def __init__(self, function: Callable[..., Any], call: int, done: bool, times: float = 1) -> None:
+        self.function, self.call, self.done, self.times = function, call, done, times
+
+    def __call__(self, *args: Any) -> Any:
+        self.call -= 1
+        cut_off = self.call < 0 and self.times > 0
+        self.times -= cut_off
+        if cut_off and not self.done:
+            raise KeyboardInterrupt
+        result = self.function(*args)
+        if cut_off:
+            raise KeyboardInterrupt
+        return result
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("name", "call", "stepped"),
+    [("pull_back", 0, False), *(("sharded_like", n, False) for n in range(4)), ("exp_maps", 0, True)],
+)
+def test_an_interrupt_between_latent_and_weight_leaves_nothing_half_way(
+    name: str, call: int, stepped: bool, done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the latents come in (two gradients, two weights) the step is not made; as they leave, it has been."""
+    net, undisturbed = smooth(), smooth()
+    optimizers = [SGD(n.parameters(), lr=0.3) for n in (net, undisturbed)]
+    for n, optimizer in zip((net, undisturbed), optimizers):
+        train(n, optimizer, 2)
+        optimizer.zero_grad()
+        loss_of(n, 2).backward()
+    gradients = [epc.parameter.grad for epc in clusters(net).values()]
+    with monkeypatch.context() as patch:
+        patch.setattr(inplace, name, Interrupted(getattr(inplace, name), call, done))
+        with pytest.raises(KeyboardInterrupt):
+            optimizers[0].step()
+    assert mapped(net)
+    assert all(epc.parameter.grad is g for epc, g in zip(clusters(net).values(), gradients))
+    if not stepped:
+        optimizers[0].step()
+    optimizers[1].step()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(latents(net).values(), latents(undisturbed).values()))
+
+
+def test_where_memory_has_run_out_for_good_the_next_step_writes_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = smooth()
+    optimizer = SGD(net.parameters(), lr=0.3)
+    train(net, optimizer, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(inplace, "exp_maps", Interrupted(inplace.exp_maps, 0, False, float("inf")))
+        with pytest.raises(KeyboardInterrupt):
+            train(net, optimizer, 1)
+    before = latents(net)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert mapped(net)
+    assert all(torch.equal(v, before[name]) for name, v in latents(net).items())
+    train(net, optimizer, 1)
+    assert mapped(net) and all(not torch.equal(v, before[name]) for name, v in latents(net).items())
+
+
+@pytest.mark.parametrize("mode", ["inplace", "parametrize"])
+@pytest.mark.filterwarnings("ignore:.*two-valued")
+def test_a_backward_that_waits_may_go_through_a_layer_without_a_gradient(mode: str) -> None:
+    net = hbnn_plugin.apply(nn.ModuleList(SmoothConv(3, 4, 3) for _ in range(2)), mode=mode)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    x = torch.randn(2, 3, 5, 5)
+    now, later = (layer(x).square().sum() for layer in net)
+    now.backward()
+    optimizer.step()
+    later.backward()
+    assert [float(epc.moves) for epc in clusters(net).values()] == [1, 0]
+
+
+def test_a_weight_of_another_shape_is_named() -> None:
+    net = smooth()
+    net.conv1.weight = nn.Parameter(torch.zeros(1, *net.conv1.weight.shape[1:], dtype=F64))
+    net.conv1.weight.grad = torch.zeros_like(net.conv1.weight)
+    with pytest.raises(RuntimeError, match=r"^conv1: its weight has been replaced by one of the shape \(1, "):
+        SGD(net.parameters(), lr=0.1).step()
 
 
 # -- optimizers that do something around their parent's step, and closures ---------------------------------------------

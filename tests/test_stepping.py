@@ -132,6 +132,19 @@ def test_under_adam_the_coordinates_of_a_point_move_by_about_the_rate(
     assert rate.max() < 1.4, rate
 
 
+@each_mode
+def test_adam_may_follow_another_optimizer(mode: str) -> None:
+    torch.manual_seed(0)
+    net = hbnn_plugin.apply(tiny_net(IrConv), rule="mobius", point_lr=1.0, mode=mode)
+    train(net, SGD(net.parameters(), lr=0.01), 20)
+    before = points(net)
+    train(net, Adam(net.parameters(), lr=1e-4), 1, first=20)
+    for name, point in points(net).items():
+        rate = (point - before[name]).square().mean((1, 2, 3)).sqrt() / 1e-4
+        assert rate.min() > 0.7, rate
+        assert rate.max() < 1.4, rate
+
+
 # -- what is done to gradients --------
 
 

@@ -94,6 +94,7 @@ class EPC(nn.Module, ABC):
         scale: s of x = s·EPC(v/s), one a point, with ``relative=True``.
         momentum: of the point, with ``point_momentum`` or Riemannian Adam; of p's shape.
         mean_square: running mean square of the point's gradient, one a point, for Adam-like steps.
+        squares_weight: the sum of the weights in that mean, one a point: 0 before the first such step, in the end 1.
         steps: how many steps the point has made.
 
     The binary weight that flips are counted from (``flip_reference``, one bit a weight, on the CPU) and the settings
@@ -104,6 +105,7 @@ class EPC(nn.Module, ABC):
     scale: Tensor | None
     momentum: Tensor | None
     mean_square: Tensor
+    squares_weight: Tensor
     steps: Tensor
 
     def __init__(
@@ -136,6 +138,7 @@ class EPC(nn.Module, ABC):
         with_momentum = settings.point_momentum > 0 or settings.rule == "riemannian-adam"
         self.register_buffer("momentum", torch.zeros_like(w) if with_momentum else None)
         self.register_buffer("mean_square", torch.zeros_like(per_point, dtype=w.dtype))
+        self.register_buffer("squares_weight", torch.zeros_like(self.mean_square))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=w.device))
         # Not a buffer: bits are not to be averaged (EMA), cast or broadcast (DDP). It travels in the extra state.
         self.flip_reference = torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
@@ -165,16 +168,6 @@ class EPC(nn.Module, ABC):
     @abstractmethod
     def detach_from(self, layers: Sequence[tuple[nn.Module, str]]) -> None:
         """Leave all of the layers that it sits on with a plain weight, exp_p(v) as it is now."""
-
-    @abstractmethod
-    def adopt(self, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
-        """Let a checkpoint's plain weight, if there is one, load as if apply had been called on a model that held it.
-
-        Args:
-            state_dict: is changed.
-            prefix: of the layer's keys.
-            tensor_name: of the weight.
-        """
 
     # -- the map -----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..geometry.dtypes import working_dtype
 from ..geometry.exponential import Map, exp_maps, pull_back
 from ..geometry.looking import recorded, traced
 from ..host.sharding import is_sharded, sharded_like, whole
@@ -26,13 +27,17 @@ __all__ = ["InPlace", "edited", "enter", "leave"]
 T = TypeVar("T")
 
 _SAME = 8.0
-"""A weight within so many roundings of the mapped one is the mapped one: computed elsewhere it rounds otherwise."""
+"""A weight within so many roundings of the mapped one's largest is the mapped one: computed elsewhere it rounds
+otherwise."""
 
 
 def edited(weight: Tensor, mapped: Tensor, dims: tuple[int, ...]) -> Tensor:
     """One bool a point: whether its weights are not the mapped ones. A NaN is an edit too."""
-    apart, size = ((weight - mapped).abs().amax(dims, keepdim=True), mapped.abs().amax(dims, keepdim=True))
-    return ~(apart <= _SAME * torch.finfo(weight.dtype).eps * size)
+    size = mapped.abs().amax(dims, keepdim=True)
+    # Maps are worked out in float32 or better; a coarser dtype rounds the result once.
+    stored, worked_out = (torch.finfo(dtype).eps for dtype in (weight.dtype, working_dtype(weight.dtype)))
+    same = (weight - mapped).abs() <= stored * mapped.abs() + _SAME * worked_out * size
+    return ~same.all(dims, keepdim=True)
 
 
 class InPlace(EPC):
@@ -50,7 +55,8 @@ class InPlace(EPC):
         self.register_buffer("latent", self.latent_of(weight.detach())[0])
         self.upstream: Tensor | None = None
         self.written: Tensor | None = None
-        self.swapped = False
+        self.swapped = False  # whether the host's weight holds the latent
+        self.unmapped = False  # whether it has yet to be written, from the latent
         self.may_warn = self.settings.space == "ball"
         self._lost = False
         self._watch = StepWatch()
@@ -86,6 +92,14 @@ class InPlace(EPC):
             )
         return weight
 
+    def check_shape(self) -> None:
+        """Raise RuntimeError if somebody has given the host a weight of another shape."""
+        if self.parameter.shape != self.latent.shape:
+            raise RuntimeError(
+                f"{self.name}: its weight has been replaced by one of the shape {tuple(self.parameter.shape)}, where "
+                f"apply saw {tuple(self.latent.shape)}; undo that, and call hbnn_plugin.fuse before such a change"
+            )
+
     @torch.no_grad()
     def attach(self, module: nn.Module, tensor_name: str) -> None:
         """Sit beside the module's weight; beside that of each layer that is tied to the first, too."""
@@ -104,17 +118,6 @@ class InPlace(EPC):
         self._end_watch()
         for module, tensor_name in layers:
             del module._modules[tensor_name + INPLACE_SUFFIX]
-
-    def adopt(self, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
-        """Add to a plain weight in a checkpoint what apply would have put beside it."""
-        inside = f"{prefix}{tensor_name}{INPLACE_SUFFIX}."
-        weight = state_dict.get(prefix + tensor_name)
-        if weight is None or inside + "latent" in state_dict or tuple(weight.shape) != tuple(self.parameter.shape):
-            return
-        weight = weight.detach()
-        fresh = InPlace(weight, self.settings, shape=self.shape, unit_dims=self.unit_dims, name=self.name)
-        state_dict.update(fresh.state_dict(prefix=inside))
-        self.reference_is_stale = True
 
     def memory(self, of: Map) -> Tensor:
         """Where the mapped weight can be worked out: in the host's weight itself, if it is whole and of the dtype."""
@@ -146,16 +149,6 @@ class InPlace(EPC):
         latent = torch.where(finite, inverse.to(weight.dtype), weight)  # what is not is to be seen, as in the bare host
         self.latent.copy_(torch.where(changed, latent, self.logical(self.latent)).reshape(self.latent.shape))
         return outside
-
-    def warn_of_lost_lengths(self, points: int) -> None:
-        """Say that the host has moved its weight out of the ball at so many points."""
-        self.may_warn = False
-        warnings.warn(
-            f"{self.name}: the host moved its weight out of the ball at {points} of {self.points} point(s) "
-            f"(radius {self.settings.radius:g}); its direction is kept and its length is not. A smaller radius, or "
-            "apply(..., relative=True), would keep both.",
-            stacklevel=2,
-        )
 
     def _watch_steps(self, module: nn.Module, args: object) -> None:
         if traced() or recorded() or not self.registered:
@@ -212,24 +205,50 @@ class InPlace(EPC):
 def enter(clusters: Sequence[InPlace]) -> None:
     """Put the latents and their gradients into the hosts' weights."""
     clusters = [epc for epc in clusters if not epc.swapped]
+    for epc in clusters:
+        epc.check_shape()
     _honour_edits(clusters)
     moving = [(epc, grad) for epc in clusters if (grad := epc.parameter.grad) is not None]
     maps = [epc.map_of(epc.latent) for epc, _ in moving]
     gradients = [epc.logical(whole(grad)).to(of.latent.dtype) for (epc, grad), of in zip(moving, maps)]
-    for (epc, upstream), pulled in zip(moving, pull_back(maps, gradients)):
-        latent_grad = pulled.reshape(epc.latent.shape).to(upstream.dtype)
-        epc.upstream, epc.parameter.grad = upstream, sharded_like(latent_grad, upstream)
-    for epc in clusters:
-        epc.parameter.copy_(sharded_like(epc.latent, epc.parameter))
-        epc.swapped = True
+    pulled = pull_back(maps, gradients)
+    try:
+        for (epc, upstream), latent_grad in zip(moving, pulled):
+            epc.upstream, epc.unmapped = upstream, True
+            epc.parameter.grad = sharded_like(latent_grad.reshape(epc.latent.shape).to(upstream.dtype), upstream)
+        for epc in clusters:
+            epc.unmapped = True
+            epc.parameter.copy_(sharded_like(epc.latent, epc.parameter))
+            epc.swapped, epc.unmapped = True, False
+    except BaseException:
+        leave(clusters)
+        raise
+
+
+def leave(clusters: Sequence[InPlace]) -> None:
+    """Take the latents out of the hosts' weights, and write the mapped weights there.
+
+    An interrupt, or memory that runs out, leaves no weight half-way: what remained to be done is done then, or at the
+    latest as the next step begins.
+    """
+    try:
+        _leave(clusters)
+    except BaseException:
+        for epc in clusters:
+            _leave([epc])
+        raise
 
 
 @torch.no_grad()
-def leave(clusters: Sequence[InPlace]) -> None:
-    """Take the latents out of the hosts' weights, and write the mapped weights there."""
-    clusters = [epc for epc in clusters if epc.swapped]
+def _leave(clusters: Sequence[InPlace]) -> None:
     for epc in clusters:
-        epc.latent.copy_(whole(epc.parameter))
+        if epc.swapped:
+            epc.latent.copy_(whole(epc.parameter))
+            epc.unmapped, epc.swapped = True, False
+    clusters = [epc for epc in clusters if epc.unmapped]
+    if not clusters:
+        return
+    _give_gradients_back(clusters)
     maps = [epc.map_of(epc.latent) for epc in clusters]
     memory = [epc.memory(of) for epc, of in zip(clusters, maps)]
     exp_maps(maps, memory)
@@ -237,18 +256,19 @@ def leave(clusters: Sequence[InPlace]) -> None:
         weight = epc.parameter
         if mapped.data_ptr() != weight.data_ptr():
             weight.copy_(sharded_like(mapped.reshape(epc.latent.shape).to(weight.dtype), weight))
-        epc.written = epc.fingerprint()
-    stepped = [
-        (epc, epc.upstream, grad)
-        for epc in clusters
-        if epc.upstream is not None and (grad := epc.parameter.grad) is not None
-    ]
+        epc.written, epc.unmapped = epc.fingerprint(), False
+
+
+def _give_gradients_back(clusters: Sequence[InPlace]) -> None:
+    """Put the gradients of the hosts' weights where those of the latents are."""
+    left = [(epc, epc.upstream, grad) for epc in clusters if (grad := epc.parameter.grad) is not None]
+    stepped = [(epc, upstream, grad) for epc, upstream, grad in left if upstream is not None]
     for _, upstream, _ in _chosen(stepped, [~whole(grad).any() for *_, grad in stepped]):
         upstream.zero_()  # as the step has cleared its own
     for epc, upstream, _ in stepped:
         epc.parameter.grad = upstream
     for epc in clusters:
-        epc.upstream, epc.swapped = None, False
+        epc.upstream = None
 
 
 def _honour_edits(clusters: Sequence[InPlace]) -> None:
@@ -258,8 +278,16 @@ def _honour_edits(clusters: Sequence[InPlace]) -> None:
     edits = [(epc, epc.edits()) for epc in clusters if epc not in untouched]
     honoured = [(epc, epc.honour(where)) for epc, where in _chosen(edits, [where.any() for _, where in edits])]
     to_warn = [(epc, outside) for epc, outside in honoured if epc.may_warn]
-    for epc, outside in _chosen(to_warn, [outside.any() for _, outside in to_warn]):
-        epc.warn_of_lost_lengths(int(outside.sum()))
+    lost = _chosen(to_warn, [outside.any() for _, outside in to_warn])
+    if lost:
+        where = ", ".join(f"{epc.name} ({int(outside.sum())} of {epc.points} points)" for epc, outside in lost)
+        warnings.warn(
+            f"the host moved its weight out of the ball in {where}; its direction is kept and its length is not. A "
+            "smaller radius, or apply(..., relative=True), would keep both.",
+            stacklevel=2,
+        )
+        for epc, _ in lost:
+            epc.may_warn = False
 
 
 def _chosen(items: Sequence[T], flags: Iterable[Tensor]) -> list[T]:

@@ -69,7 +69,7 @@ class Parametrized(EPC):
             parametrize.register_parametrization(module, tensor_name, _Identity())
             _lists(module)[tensor_name] = self.owner[0]
         vars(_lists(module)).setdefault("followers", {})[tensor_name] = followers
-        type(module).register_parameter = _register_parameter  # type: ignore[method-assign,assignment]
+        _guard_registration(type(module))
 
     @torch.no_grad()
     def detach_from(self, layers: Sequence[tuple[nn.Module, str]]) -> None:
@@ -77,24 +77,11 @@ class Parametrized(EPC):
         module, tensor_name = layers[0]
         weight, parameter = getattr(module, tensor_name).clone(), self.parameter
         self.owner = None  # no optimizer step is to find this cluster any more
-        parameter.data = weight
+        parameter.data, parameter.grad = weight, None  # the gradient was the latent's
         for module, tensor_name in layers:
             followers = vars(_lists(module))["followers"][tensor_name]
             _remove_parametrization(module, tensor_name)
             _restore_parameter(module, tensor_name, parameter, followers)
-
-    def adopt(self, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
-        """Rewrite a plain weight in a checkpoint as what apply would have made of it."""
-        inside = f"{prefix}parametrizations.{tensor_name}."
-        weight = state_dict.get(prefix + tensor_name)
-        if weight is None or inside + "original" in state_dict or tuple(weight.shape) != tuple(self.parameter.shape):
-            return
-        weight = state_dict.pop(prefix + tensor_name).detach()
-        fresh = Parametrized(weight, self.settings, shape=self.shape, unit_dims=self.unit_dims, name=self.name)
-        on_ball = self.settings.space == "ball"  # where a length that cannot be kept is worth a warning
-        state_dict[inside + "original"] = fresh.right_inverse(weight) if on_ball else fresh.latent_of(weight)[0]
-        state_dict.update(fresh.state_dict(prefix=inside + "0."))
-        self.reference_is_stale = True
 
     def forward(self, latent: Tensor) -> Tensor:
         """The weight exp_p(v): shape and dtype of the latent."""
@@ -157,10 +144,10 @@ class Parametrized(EPC):
         changes = self._watch.sees_a_still_point(self, latent)
         if changes:
             warnings.warn(
-                f"{self.name}: its latent weight has changed {changes} times and its point has not moved. The "
-                "optimizer does not fire torch's step hooks (it may skip super().__init__()). Use "
-                "hbnn_plugin.ClusterSGD, ClusterAdam or ClusterAdamW, "
-                "or call hbnn_plugin.step_points(optimizer) right before its step.",
+                f"{self.name}: its latent weight has changed {changes} times and its point has not moved: no optimizer "
+                "step on it has been seen. If its optimizer does not fire torch's step hooks (it may skip "
+                "super().__init__()), use hbnn_plugin.ClusterSGD, ClusterAdam or ClusterAdamW, or call "
+                "hbnn_plugin.step_points(optimizer) right before its step.",
                 stacklevel=2,
             )
 
@@ -191,15 +178,19 @@ def _lists(module: nn.Module) -> nn.ModuleDict:
     return lists
 
 
-def _register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-    """In the class that torch has injected, where ``module.weight = nn.Parameter(...)`` would be a KeyError."""
-    epc = find(module).get(name)
-    if epc is not None:
-        raise ValueError(
-            f"{epc.name}: its {name} is computed from a latent, which no other Parameter can replace; assign a plain "
-            "tensor to give it a value, or apply with mode='inplace'"
-        )
-    super(type(module), module).register_parameter(name, param)  # type: ignore[misc]
+def _guard_registration(injected: type[nn.Module]) -> None:
+    """In the class that torch has injected ``module.weight = nn.Parameter(...)`` would be a KeyError."""
+
+    def register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        epc = find(module).get(name)
+        if epc is not None:
+            raise ValueError(
+                f"{epc.name}: its {name} is computed from a latent, which no other Parameter can replace; assign a "
+                "plain tensor to give it a value, or apply with mode='inplace'"
+            )
+        super(injected, module).register_parameter(name, param)  # type: ignore[misc]
+
+    injected.register_parameter = register_parameter  # type: ignore[method-assign,assignment]
 
 
 def _remove_parametrization(module: nn.Module, tensor_name: str) -> None:
@@ -211,8 +202,10 @@ def _remove_parametrization(module: nn.Module, tensor_name: str) -> None:
         del module.parametrizations
         module.__class__ = injected.__bases__[0]
     else:  # others are parametrized by somebody else: a class like the injected one without our property
-        rest = {k: v for k, v in vars(injected).items() if k not in (tensor_name, "__dict__", "__weakref__")}
+        ours = (tensor_name, "register_parameter", "__dict__", "__weakref__")
+        rest = {k: v for k, v in vars(injected).items() if k not in ours}
         module.__class__ = type(injected.__name__, injected.__bases__, rest)
+        _guard_registration(module.__class__)
 
 
 def _restore_parameter(module: nn.Module, tensor_name: str, parameter: nn.Parameter, followers: Sequence[str]) -> None:

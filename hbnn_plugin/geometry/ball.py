@@ -22,7 +22,6 @@ from .scalars import PointGradient, Radius, Slopes
 __all__ = [
     "MARGIN",
     "delicate",
-    "exp",
     "exp_slopes",
     "log",
     "mobius_add",
@@ -66,16 +65,11 @@ def _room(pp: Tensor, r: Radius) -> Tensor:
     return (1 - r * pp).clamp(min=1e-12)
 
 
-def exp(pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> tuple[Tensor, Tensor]:
-    r"""Coefficients (α, β) of exp_p(v) = p ⊕ tanh(√r λ_p‖v‖/2) v/(√r‖v‖) = α p + β v  ([HBNN] Eq. 6).
+def exp_slopes(pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> Slopes:
+    r"""exp_p(v) = p ⊕ tanh(√r λ_p‖v‖/2) v/(√r‖v‖) = α p + β v  ([HBNN] Eq. 6), and the slopes of α and β.
 
     With B = 1 − rP, z = √(rV)/B, T = tanh(z)/z and D = 1 + 2rTQ/B + rP·tanh²z:  α = 1 + B·tanh²z/D,  β = T/D.
     """
-    return exp_slopes(pp, vv, pv, r)[:2]
-
-
-def exp_slopes(pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> Slopes:
-    """α and β of :func:`exp` and their partial derivatives by P = ⟨p,p⟩, V = ⟨v,v⟩ and Q = ⟨p,v⟩."""
     q = _cauchy_schwarz(pv, pp, vv)
     b, rp = _room(pp, r), r * pp
     e = r / b

@@ -242,7 +242,7 @@ def _exp_plain(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Ten
     """The same map in plain torch ops, for tools that trace, and for a gradient to the radius."""
     v = v * _taming(largest(v.detach(), dims))
     pp, vv, pv = _gram(p, v, dims)  # float64 costs nothing where the compiler fuses it
-    alpha, beta = space.exp(pp, vv, pv, r)
+    alpha, beta, *_ = space.exp_slopes(pp, vv, pv, r)
     return combine((alpha, beta), (p, v))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .scalars import PointGradient, Radius, Slopes
 
-__all__ = ["delicate", "exp", "exp_slopes", "log", "point_gradient", "point_step"]
+__all__ = ["delicate", "exp_slopes", "log", "point_gradient", "point_step"]
 
 _SERIES_BELOW = 1e-3  # of y = t², as in the ball
 
@@ -36,13 +36,11 @@ def _sin_ratio(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def exp(pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> tuple[Tensor, Tensor]:
-    r"""Coefficients (α, β) of exp_p(v) = cos(t) p + sin(t) v⊥/t = α p + β v, t = √r‖v⊥‖, for p on the sphere."""
-    return exp_slopes(pp, vv, pv, r)[:2]
-
-
 def exp_slopes(pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> Slopes:
-    """α = cos t − srQ and β = s = sin(t)/t and their partial derivatives; P = 1/r is constant: no derivative by P."""
+    r"""exp_p(v) = cos(t) p + sin(t) v⊥/t = α p + β v, t = √r‖v⊥‖, for p on the sphere, and the slopes of α and β.
+
+    α = cos t − srQ, β = s = sin(t)/t. P = 1/r is constant: no derivative by P.
+    """
     y = (r * vv - (r * pv) ** 2).clamp(min=0.0)
     cos, s, slope = _sin_ratio(y)
     zero = torch.zeros_like(y)

@@ -35,6 +35,12 @@ class _StepsPoints(Optimizer):
             for group in self.param_groups:
                 group.setdefault("point_lr", point_lr)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "point_lr" in self.defaults:  # the state may be of an optimizer that knows none
+            for group in self.param_groups:
+                group.setdefault("point_lr", self.defaults["point_lr"])
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the parameters, as the base class makes it, and of the points."""
         points = PointStep(self)
@@ -42,7 +48,7 @@ class _StepsPoints(Optimizer):
         if getattr(base_step, "hooked", False):  # this step's hooks have been called already
             base_step = base_step.__wrapped__
         try:
-            points.enter()
+            points.enter(closure)
             if closure is None:
                 points.gather()
             else:

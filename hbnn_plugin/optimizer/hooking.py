@@ -132,8 +132,9 @@ def _framed(step_function: Callable[..., Any]) -> Callable[..., Any]:
         args, kwargs = _wrapped(step, args, kwargs)
         step.frames, step.framed = step.frames + 1, True
         try:
-            step.enter()
-            if _closure_in(args, kwargs) is None:
+            closure = _closure_in(args, kwargs)
+            step.enter(closure)
+            if closure is None:
                 step.gather()
             result = step_function(optimizer, *args, **kwargs)
             step.finish()

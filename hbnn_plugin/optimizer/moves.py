@@ -92,7 +92,7 @@ def root_mean_square(step: Move) -> Tensor:
     eps = group.get("eps", ADAM_EPS)
     gg = step.found.products[2].reshape(epc.mean_square.shape)
     now = (gg * (epc.points / epc.point.numel())).to(epc.mean_square.dtype)
-    epc.mean_square.copy_(torch.where(valid, epc.mean_square.lerp(now, 1 - beta), epc.mean_square))
-    corrected = epc.mean_square / (1 - beta ** epc.steps.to(epc.mean_square.dtype))
-    root = corrected.sqrt() + (float(eps) if isinstance(eps, (int, float)) else ADAM_EPS)
+    for mean, latest in ((epc.mean_square, now), (epc.squares_weight, torch.ones_like(now))):
+        mean.copy_(torch.where(valid, mean.lerp(latest, 1 - beta), mean))
+    root = (epc.mean_square / epc.squares_weight).sqrt() + (float(eps) if isinstance(eps, (int, float)) else ADAM_EPS)
     return torch.where(valid, root, 1.0)  # before the first valid gradient it is 0/0

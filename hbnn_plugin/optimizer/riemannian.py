@@ -48,7 +48,7 @@ class _OnManifold:
 def follow_geodesic(step: Move) -> None:
     """Make a step by the rules ``riemannian`` and ``riemannian-adam``."""
     epc, g = step.epc, step.found.gradient
-    state = [t for t in (epc.point, epc.momentum, epc.mean_square) if t is not None]
+    state = [t for t in (epc.point, epc.momentum, epc.mean_square, epc.squares_weight) if t is not None]
     before = None if step.found.all_valid else [t.clone() for t in state]
     if epc.settings.point_decay:
         epc.point.copy_(mobius_scale(step.kept, epc.point, epc.radius, epc.dims))
@@ -77,6 +77,6 @@ def _riemannian_adam(epc: EPC, g: Tensor, lr: float | Tensor) -> None:
     on.momentum = beta1 * on.momentum + (1 - beta1) * on.gradient
     square = on.manifold.component_inner(on.point, on.gradient)
     epc.mean_square.lerp_(square[:, :1].reshape(epc.mean_square.shape), 1 - beta2)
-    steps = epc.steps.to(g.dtype)
-    denominator = epc.mean_square.reshape(-1, 1).div(1 - beta2**steps).sqrt().add(ADAM_EPS)
-    on.follow(on.momentum / (1 - beta1**steps) / denominator, lr)
+    epc.squares_weight.lerp_(torch.ones_like(epc.squares_weight), 1 - beta2)
+    denominator = (epc.mean_square / epc.squares_weight).reshape(-1, 1).sqrt().add(ADAM_EPS)
+    on.follow(on.momentum / (1 - beta1 ** epc.steps.to(g.dtype)) / denominator, lr)

@@ -107,7 +107,7 @@ class PointStep:
         for epc, _ in held:
             epc.hooked = True
         self.clusters = [(epc, group) for epc, group in held if epc.settings.rule != "fixed"]
-        self.swaps = [epc for epc, _ in held if isinstance(epc, InPlace) and not epc.swapped]
+        self.swaps = self._left_outside([epc for epc, _ in held if isinstance(epc, InPlace)])
         self.frames = 0  # of this optimizer's step in progress: more than one inside super().step()
         self.framed = False  # whether one has been opened
         self.pending: dict[int, _Pending] = {}
@@ -127,7 +127,7 @@ class PointStep:
             nonlocal evaluations
             self.leave()
             loss = closure()
-            self.enter()
+            self.enter(closure)
             evaluations += 1
             if evaluations == 1:
                 self.gather()
@@ -141,10 +141,22 @@ class PointStep:
         evaluate.points_of = self.optimizer  # type: ignore[attr-defined]
         return evaluate
 
+    @staticmethod
     @not_compiled
-    def enter(self) -> None:
-        """Let the latents into the weights of in-place hosts."""
-        enter(self.swaps)
+    def _left_outside(clusters: list[InPlace]) -> list[InPlace]:
+        """Those whose latent no step in progress has in its host; what a step that was cut off left undone is done."""
+        inside = {epc for step in in_progress() if step.frames for epc in step.swaps if epc.swapped}
+        outside = [epc for epc in clusters if epc not in inside]
+        leave(outside)
+        return outside
+
+    @not_compiled
+    def enter(self, closure: object = None) -> None:
+        """Let the latents into the weights of in-place hosts; without a closure into those that have a gradient.
+
+        No optimizer steps the others, and a graph in which they are saved may wait for its backward.
+        """
+        enter([epc for epc in self.swaps if closure is not None or epc.parameter.grad is not None])
 
     @not_compiled
     def leave(self) -> None:
@@ -212,14 +224,19 @@ def _make(moves: Iterable[_Pending]) -> None:
     move([due for pending in moves if (due := pending.land()) is not None])
 
 
+def _moving(epc: EPC) -> list[Tensor]:
+    """What a point's move changes."""
+    buffers = (epc.point, epc.momentum, epc.mean_square, epc.squares_weight, epc.steps)
+    return [tensor for tensor in buffers if tensor is not None]
+
+
 def _state(epc: EPC) -> list[Tensor]:
-    return [t.clone() for t in (epc.point, epc.momentum, epc.mean_square, epc.steps) if t is not None]
+    return [tensor.clone() for tensor in _moving(epc)]
 
 
 @torch.no_grad()
 def _restore(epc: EPC, state: list[Tensor]) -> None:
-    tensors = [t for t in (epc.point, epc.momentum, epc.mean_square, epc.steps) if t is not None]
-    for tensor, value in zip(tensors, state):
+    for tensor, value in zip(_moving(epc), state):
         tensor.copy_(value)
 
 

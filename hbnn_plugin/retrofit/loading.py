@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..cluster.epc import EPC, find
 from ..cluster.inplace import InPlace, edited
+from ..cluster.parametrization import Parametrized
 from ..cluster.reference import set_reference
 from .checkpoint import GEOMETRY, described, is_cluster_key, layer_of, mapped, places
 
@@ -81,7 +82,10 @@ def _differences(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name:
         theirs, ours = described(state_dict[f"{place}_extra_state"]), described(epc.get_extra_state())
         assert ours is not None
         if theirs is None:
-            yield f"its cluster's settings in the checkpoint ({place}_extra_state) are damaged"
+            state = state_dict[f"{place}_extra_state"]
+            averaged = isinstance(state, Tensor) and state.is_floating_point()
+            mend = "; of checkpoints that are averaged or cast, take the plain_state_dict first" if averaged else ""
+            yield f"its cluster's settings in the checkpoint ({place}_extra_state) are damaged{mend}"
             return
         different = [key for key in GEOMETRY if theirs[key] != ours[key]]
         yield from (f"{key} is {theirs[key]!r} in the checkpoint, {ours[key]!r} in the model" for key in different)
@@ -104,7 +108,7 @@ def _accept(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any)
     for tensor_name, epc in find(module).items():
         _translate(epc, state_dict, prefix, tensor_name)
         _fit_momentum(epc, state_dict, prefix, tensor_name)
-        epc.adopt(state_dict, prefix, tensor_name)
+        _adopt(epc, state_dict, prefix, tensor_name)
 
 
 def _translate(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
@@ -127,17 +131,37 @@ def _translate(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: s
 
 
 def _fit_momentum(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
-    """Of a checkpoint with other settings what is not used goes, and what is not there is 0."""
+    """Of a checkpoint with other settings what is not used goes, and what is not there is 0.
+
+    Every rule has a momentum of its own meaning, and size.
+    """
     for place in places(prefix, tensor_name):
         theirs = described(state_dict.get(f"{place}_extra_state"))
-        if theirs is None or all(
-            theirs.get(name) == getattr(epc.settings, name) for name in ("rule", "point_momentum")
-        ):
+        other_rule = theirs is not None and theirs.get("rule") != epc.settings.rule
+        if theirs is None or not (other_rule or theirs.get("point_momentum") != epc.settings.point_momentum):
             continue
-        if epc.momentum is None:
+        if other_rule or epc.momentum is None:
             state_dict.pop(f"{place}momentum", None)
-        elif f"{place}point" in state_dict:
+        if epc.momentum is not None and f"{place}point" in state_dict:
             state_dict.setdefault(f"{place}momentum", torch.zeros_like(state_dict[f"{place}point"]))
+
+
+def _adopt(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
+    """Let a plain weight, if there is one, load as if apply had been called on a model that held it."""
+    listed, beside = places(prefix, tensor_name)
+    original = f"{prefix}parametrizations.{tensor_name}.original"
+    weight = state_dict.get(prefix + tensor_name)
+    there = (f"{beside}latent" if isinstance(epc, InPlace) else original) in state_dict
+    if weight is None or there or weight.shape != epc.parameter.shape:
+        return
+    weight = weight.detach().to(epc.parameter.dtype)
+    fresh = type(epc)(weight, epc.settings, shape=epc.shape, unit_dims=epc.unit_dims, name=epc.name)
+    if isinstance(fresh, Parametrized):
+        del state_dict[prefix + tensor_name]
+        on_ball = epc.settings.space == "ball"  # where a length that cannot be kept is worth a warning
+        state_dict[original] = fresh.right_inverse(weight) if on_ball else fresh.latent_of(weight)[0]
+    state_dict.update(fresh.state_dict(prefix=listed if isinstance(fresh, Parametrized) else beside))
+    epc.reference_is_stale = True
 
 
 def _complete(module: nn.Module, _: Any) -> None:
