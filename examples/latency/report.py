@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from latency.ways import APPLIED, BINARY, FLOAT, FOLDED, FUSED, HOST, INT8
+from latency.ways import APPLIED, BINARY, CHANNELS_LAST, FLOAT, FOLDED, FUSED, HOST, INT8
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "tables"]
 
-_WAYS = (HOST, APPLIED, FUSED, FOLDED, FLOAT, INT8, BINARY)
+_WAYS = (HOST, APPLIED, FUSED, FOLDED, CHANNELS_LAST, FLOAT, INT8, BINARY)
 
 _HEAD = """# Latency
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "APPLIED",
     "BINARY",
+    "CHANNELS_LAST",
     "FLOAT",
     "FOLDED",
     "FUSED",
@@ -40,6 +41,7 @@ HOST = "host"
 APPLIED = "host + HBNN"
 FUSED = "fused"
 FOLDED = "torch, weights worked out"
+CHANNELS_LAST = "the same, channels_last"
 FLOAT = "OpenVINO float32"
 INT8 = "OpenVINO int8"
 BINARY = "OpenVINO binary"
@@ -75,6 +77,7 @@ def ways(model: nn.Module, x: Tensor, threads: int) -> Ways:
         name: _in_torch(run, x)
         for name, run in {HOST: bare, APPLIED: applied, FUSED: fused, FOLDED: folded.graph}.items()
     }
+    arms[CHANNELS_LAST] = _in_torch(_in_channels_last(folded.graph), x.contiguous(memory_format=torch.channels_last))
     array = x.numpy()
     for name, graph in graphs.items():
         compiled = compile_graph(graph, threads)
@@ -107,6 +110,11 @@ def _in_torch(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], np.nda
             return run(x).numpy()
 
     return call
+
+
+def _in_channels_last(graph: nn.Module) -> nn.Module:
+    copied: nn.Module = copy.deepcopy(graph).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copied
 
 
 def _quantized(graph: Any, x: Tensor) -> Any:
