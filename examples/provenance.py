@@ -6,13 +6,16 @@ import platform
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import hbnn_plugin
 
-__all__ = ["circumstances"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
+__all__ = ["by_processor", "circumstances"]
 
 RESULTS = "results"
 """Beside this file: to this folder runs add their lines, which is no change of the code."""
@@ -30,6 +33,15 @@ def circumstances(count: int, unit: str = "CPU thread") -> dict[str, str]:
         "torch": torch.__version__,
         "plugin": hbnn_plugin.__version__,
     }
+
+
+def by_processor(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Lines by the processor or GPU that they were measured on, the latest one's last."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        processor = line["machine"].rsplit(", ", 1)[0]
+        found[processor] = [*found.pop(processor, ()), line]
+    return found
 
 
 def _git(*arguments: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from latency.ways import APPLIED, BINARY, CHANNELS_LAST, FLOAT, FOLDED, FUSED, HOST, INT8
+from provenance import by_processor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ which all ways run one after another, with 95 % bootstrap intervals; ratios are 
 
 
 def tables(lines: Sequence[Line]) -> str:
-    """All sections in Markdown, of each case its last line."""
+    """All sections in Markdown by processor, of each case its last line there."""
     parts = [_HEAD]
     for section, title, table in (
         ("inference", "## Inference, milliseconds", _inference),
@@ -36,7 +37,9 @@ def tables(lines: Sequence[Line]) -> str:
         ("equality", "## The same classes? 1,000 CIFAR-10 test images, networks trained on real ones", _equality),
     ):
         if found := _of_section(lines, section):
-            parts += [title, table(found)]
+            parts.append(title)
+            for processor, measured in found.items():
+                parts += [f"{processor}:", table(measured)]
     machines = sorted({", ".join(f"{key} {line[key]}" for key in _CIRCUMSTANCES if key in line) for line in lines})
     parts += ["## Machines and versions", "\n".join(f"* {machine}" for machine in machines)]
     return "\n\n".join(parts) + "\n"
@@ -45,14 +48,16 @@ def tables(lines: Sequence[Line]) -> str:
 _CIRCUMSTANCES = ("machine", "torch", "openvino", "nncf", "plugin", "commit")
 
 
-def _of_section(lines: Sequence[Line], section: str) -> list[Line]:
-    """The last line of each case of a section, in the order of first lines."""
-    return list({line["case"]: line for line in lines if line["section"] == section}.values())
+def _of_section(lines: Sequence[Line], section: str) -> dict[str, list[Line]]:
+    """By processor the last line of each case of a section, in the order of first lines."""
+    found = by_processor(line for line in lines if line["section"] == section)
+    return {processor: [*{line["case"]: line for line in measured}.values()] for processor, measured in found.items()}
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Latency of every way by network, batch 1 on one thread."""
-    shown = [line for line in _of_section(lines, "inference") if line["batch"] == line["threads"] == 1]
+    """Latency of every way by network, batch 1 on one thread, on the processor of the latest line."""
+    (processor, measured) = [*_of_section(lines, "inference").items()][-1]
+    shown = [line for line in measured if line["batch"] == line["threads"] == 1]
     figure = Figure(figsize=(1.6 * max(len(shown), 4), 4.2), layout="constrained")
     axis = figure.subplots()
     names = [way for way in _WAYS if any(way in line["milliseconds"] for line in shown)]
@@ -60,7 +65,11 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j in range(len(shown))]
         _bars(axis, places, 0.8 / len(names), [line["milliseconds"].get(way) for line in shown], way)
     axis.set_xticks(range(len(shown)), [line["network"].replace(" ", "\n", 1) for line in shown])
-    axis.set(yscale="log", ylabel="milliseconds, median and 95 % interval", title="Inference, batch 1, one thread")
+    axis.set(
+        yscale="log",
+        ylabel="milliseconds, median and 95 % interval",
+        title=f"Inference, batch 1, one thread, {processor}",
+    )
     axis.legend(fontsize=8, ncols=4, loc="upper left")
     low, high = axis.get_ylim()
     axis.set_ylim(low, 5 * high)  # room for the legend

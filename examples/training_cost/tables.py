@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from provenance import by_processor
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -21,8 +23,7 @@ process, with 95 % bootstrap intervals; ratios are taken within a turn.
 
 
 def report(lines: Sequence[Mapping[str, Any]]) -> str:
-    """All sections, of each case its last line."""
-    last = {(line["section"], line["case"]): line for line in lines}
+    """All sections by processor, of each case its last line there."""
     parts = [_HEAD]
     for section, table in (
         ("map", _map),
@@ -31,9 +32,9 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
         ("launches", _launches),
         ("memory", _memory),
     ):
-        found = [line for (name, _), line in last.items() if name == section]
-        if found:
-            parts += [_TITLES[section], table(found), _machines(found)]
+        for i, measured in enumerate(by_processor(line for line in lines if line["section"] == section).values()):
+            found = [*{line["case"]: line for line in measured}.values()]
+            parts += [_TITLES[section]] * (i == 0) + [table(found), _machines(found)]
     parts.append(TRIED.read_text(encoding="utf-8"))
     return "\n".join(parts)
 
