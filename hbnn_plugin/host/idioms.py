@@ -35,10 +35,8 @@ def reason_for_inplace(layers: Sequence[Selected], binarized_later: bool = False
         attributes = sorted(vars(layer.weight)) if isinstance(layer.weight, nn.Parameter) else []
         if attributes:
             return f"{layer.label} keeps .{attributes[0]} on its weight"
-        edits, named = (
-            edits_its_weight(layer.module, layer.shape, layer.weight),
-            names_in_methods(own_class(layer.module)),
-        )
+        edits = edits_its_weight(layer.module, layer.shape, layer.weight)
+        named = names_in_methods(own_class(layer.module))
         if edits:
             return f"{layer.label} edits its weight in its forward"
         if edits is None and "data" in named:
