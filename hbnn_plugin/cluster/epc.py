@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..geometry.ball import MARGIN
 from ..geometry.dtypes import scalar_dtype, working_dtype
-from ..geometry.exponential import Map, exp_map, log_map, mobius_scale
+from ..geometry.exponential import Map, Mapped, exp_map, exp_map_mapped, log_map, mobius_scale
 from ..geometry.passes import combine, inner
 from ..geometry.scalars import Radius
 from ..host.selection import own_class
@@ -181,10 +181,13 @@ class EPC(nn.Module, ABC):
         v = self.logical(whole(latent)).to(self.point.dtype)
         return Map(self.point, v, self.radius, self.settings.geometry, self.dims)
 
-    def weight_of(self, latent: Tensor) -> Tensor:
-        """The weight exp_p(v): shape and dtype of the latent."""
-        x = exp_map(self.point, self.logical(whole(latent)), self.radius, self.settings.geometry, self.dims)
-        return x.reshape(latent.shape) if self.flat else x
+    def weight_of(self, latent: Tensor, mapped: Mapped | None = None) -> Tensor:
+        """The weight exp_p(v): shape and dtype of the latent. ``mapped``: of this latent, if it is worked out."""
+        if mapped is None:
+            x = exp_map(self.point, self.logical(whole(latent)), self.radius, self.settings.geometry, self.dims)
+        else:
+            x = exp_map_mapped(self.map_of(latent), mapped).to(latent.dtype)
+        return x.reshape(latent.shape) if self.flat else x  # even of the same shape it would be one more autograd node
 
     @torch.no_grad()
     def latent_of(self, weight: Tensor) -> tuple[Tensor, int]:

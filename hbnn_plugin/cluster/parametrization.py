@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..geometry.exponential import Mapped, exp_map_mapped
+from ..geometry.exponential import Mapped
 from ..geometry.looking import checksum, recorded, traced
 from ..host.sharding import whole
 from .epc import EPC, find
@@ -91,7 +91,7 @@ class Parametrized(EPC):
             return self.weight_of(latent)
         foreseen = self.foreseen
         if foreseen is not None and foreseen[0] is latent and foreseen[1] == _version(latent):
-            weight = exp_map_mapped(self.map_of(latent), foreseen[2]).reshape(latent.shape).to(latent.dtype)
+            weight = self.weight_of(latent, foreseen[2])
             self.foreseen = (*foreseen[:2], foreseen[2]._replace(weight=None))  # that memory is the reader's now
         else:
             weight = self.weight_of(latent)

@@ -14,7 +14,6 @@ plain torch ops, which those tools fuse themselves.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -178,6 +177,13 @@ def _slopes(table: Tensor, a: Tensor, b: Tensor) -> Tensor:
 class _Exp(torch.autograd.Function):
     """x = αp + βv with the closed-form backward; differentiable twice, and over vmap."""
 
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """As torch's, which first binds the arguments through inspect: longer than the map of a small layer takes."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
     @staticmethod
     def forward(p: Tensor, v: Tensor, mapped: Mapped | None, r: Radius, space: Space, dims: Dims) -> Mapped:
         if mapped is None:
@@ -193,10 +199,13 @@ class _Exp(torch.autograd.Function):
         p, v, _, ctx.r, ctx.space, ctx.dims = inputs
         _, scalars, ctx.careful = output
         ctx.mark_non_differentiable(scalars)
+        ctx.set_materialize_grads(False)  # no zeros for them
         ctx.save_for_backward(p, v, scalars)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
         p, v, scalars = ctx.saved_tensors
         dims, table, taming = ctx.dims, scalars, scalars[_TAMING]
         if ctx.careful:
@@ -231,11 +240,7 @@ class _Exp(torch.autograd.Function):
             r = r.movedim(in_dims[3], 0)
             r = r.reshape(r.shape[:1] + (1,) * (v.ndim - r.ndim) + r.shape[1:])
         shifted = tuple(d + 1 if d >= 0 else d for d in dims)
-        return _Exp.apply(p, v, None, r, space, shifted), (0, 1, None)  # type: ignore[no-untyped-call]
-
-
-# torch asks for it in every call, and would work it out anew
-_Exp.forward.__signature__ = inspect.signature(_Exp.forward)  # type: ignore[attr-defined]
+        return _Exp.apply(p, v, None, r, space, shifted), (0, 1, None)
 
 
 def _exp_plain(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Tensor:
@@ -268,13 +273,13 @@ def exp_map(p: Tensor, v: Tensor, radius: Radius, space: Space = ball, dims: Dim
     p_work, v_work = torch.broadcast_tensors(p.to(dtype), v.to(dtype))
     if traced() or (isinstance(radius, Tensor) and _may_learn(radius)):
         return _exp_plain(p_work, v_work, radius, space, dims).to(v.dtype)
-    x: Tensor = _Exp.apply(p_work, v_work, None, radius, space, dims)[0]  # type: ignore[no-untyped-call]
+    x: Tensor = _Exp.apply(p_work, v_work, None, radius, space, dims)[0]
     return x.to(v.dtype)
 
 
 def exp_map_mapped(of: Map, mapped: Mapped) -> Tensor:
     """:func:`exp_map` of a map that :func:`exp_maps` has worked out, and whose vectors are the same still."""
-    x: Tensor = _Exp.apply(of.point, of.latent, mapped, of.radius, of.space, of.dims)[0]  # type: ignore[no-untyped-call]
+    x: Tensor = _Exp.apply(of.point, of.latent, mapped, of.radius, of.space, of.dims)[0]
     return x
 
 

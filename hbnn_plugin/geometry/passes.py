@@ -100,8 +100,9 @@ def lie_alike(xs: Sequence[Tensor]) -> bool:
 
 def rows_of(x: Tensor) -> Tensor:
     """A matrix of its rows as they lie in memory."""
-    length = x.numel() // len(x)
-    return x.as_strided((len(x), length), (length, 1))
+    rows = x.shape[0]  # torch looks longer for a tensor's len()
+    length = x.numel() // rows
+    return x.as_strided((rows, length), (length, 1))
 
 
 def _products_of_rows(x: Tensor, y: Tensor) -> Tensor:
