@@ -192,9 +192,21 @@ class HeadFirst(nn.Module):
         self.conv3 = nn.Conv2d(4, 4, 3)
 
 
-def test_a_classifier_that_is_registered_first_is_no_first_layer() -> None:
+def test_the_first_convolution_and_the_last_layer_stay_where_a_linear_layer_is_registered_first() -> None:
+    """Of a decoder the last convolution is the output; of a network whose classifier comes first one layer too many."""
     planned = hbnn_plugin.plan(HeadFirst(), binarize="1/32")
-    assert [layer.label for layer in planned.layers] == ["conv2", "conv3"]
+    assert [layer.label for layer in planned.layers] == ["conv2"]
+
+
+def test_frozen_convolutions_are_not_binarized_unless_they_are_named() -> None:
+    net = HeadFirst()
+    net.conv2.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen: conv2"):
+        hbnn_plugin.plan(net, binarize="1/32")
+    assert type(net.conv2) is nn.Conv2d
+    assert hbnn_plugin.plan(net, binarize="1/32", where=hbnn_plugin.by_name("conv[23]")).frozen == ()
+    planned = hbnn_plugin.plan(nn.Sequential(net, nn.Linear(2, 2)), binarize="1/32")
+    assert [layer.label for layer in planned.layers] == ["0.conv3"] and planned.frozen == ("0.conv2",)
 
 
 class InAList(nn.Module):

@@ -73,7 +73,7 @@ def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryConv]]:
 
 
 def sign(x: Tensor) -> Tensor:
-    """+1 for x >= 0 and -1 below. Unlike ``torch.sign`` it has no third value, and a NaN stays a NaN."""
+    """+1 for x >= 0 and -1 below. Unlike ``torch.sign`` it has no third value."""
     return x.sign().add_(0.5).sign_()
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from latency.ways import APPLIED, BINARY, CHANNELS_LAST, FLOAT, FOLDED, FUSED, HOST, INT8
+from markdown_tables import interval, table
 from provenance import by_processor
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ which all ways run one after another, with 95 % bootstrap intervals; ratios are 
 def tables(lines: Sequence[Line]) -> str:
     """All sections in Markdown by processor, of each case its last line there."""
     parts = [_HEAD]
-    for section, title, table in (
+    for section, title, tabulated in (
         ("inference", "## Inference, milliseconds", _inference),
         ("inference", "## Inference, as a multiple of OpenVINO binary", _ratios),
         ("inference", "## What ran on 1-bit operands, by OpenVINO's own execution graph", _layers),
@@ -39,7 +40,7 @@ def tables(lines: Sequence[Line]) -> str:
         if found := _of_section(lines, section):
             parts.append(title)
             for processor, measured in found.items():
-                parts += [f"{processor}:", table(measured)]
+                parts += [f"{processor}:", tabulated(measured)]
     machines = sorted({", ".join(f"{key} {line[key]}" for key in _CIRCUMSTANCES if key in line) for line in lines})
     parts += ["## Machines and versions", "\n".join(f"* {machine}" for machine in machines)]
     return "\n\n".join(parts) + "\n"
@@ -86,10 +87,10 @@ def _bars(axis: Any, places: Sequence[float], width: float, estimates: Sequence[
 def _inference(lines: Sequence[Line]) -> str:
     names = [way for way in _WAYS if any(way in line["milliseconds"] for line in lines)]
     rows = [
-        [line["case"], *(_cell(line["milliseconds"].get(way)) for way in names), line["turns"], line["load"]]
+        [line["case"], *(interval(line["milliseconds"].get(way)) for way in names), line["turns"], line["load"]]
         for line in lines
     ]
-    return _table(["case", *names, "turns", "load"], rows)
+    return table(["case", *names, "turns", "load"], rows)
 
 
 def _ratios(lines: Sequence[Line]) -> str:
@@ -97,8 +98,8 @@ def _ratios(lines: Sequence[Line]) -> str:
     rows = [
         [
             line["case"],
-            *(_cell(line["times as long as binary"].get(way)) for way in names),
-            _cell(line["fused / host"]),
+            *(interval(line["times as long as binary"].get(way)) for way in names),
+            interval(line["fused / host"]),
             *(_agreed(line["agreement with the host"].get(way)) for way in (FUSED, FLOAT, INT8, BINARY)),
         ]
         for line in lines
@@ -112,7 +113,7 @@ def _ratios(lines: Sequence[Line]) -> str:
         "int8",
         "binary",
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _layers(lines: Sequence[Line]) -> str:
@@ -124,7 +125,7 @@ def _layers(lines: Sequence[Line]) -> str:
         rows.append(
             [network, f"{line['binary layers']} of {len(line['layers'])}", ", ".join(kernels), "; ".join(others)]
         )
-    return _table(["network", "layers with binary weights that ran binary", "kernel", "others"], rows)
+    return table(["network", "layers with binary weights that ran binary", "kernel", "others"], rows)
 
 
 def _profiles(lines: Sequence[Line]) -> str:
@@ -134,7 +135,7 @@ def _profiles(lines: Sequence[Line]) -> str:
             for way in (FLOAT, BINARY):
                 spent = [f"{kind} {ms:.2f}" for kind, ms in line["profiles"][way].items() if ms >= 0.01]
                 rows.append([line["network"], way, ", ".join(spent)])
-    return _table(["network, batch 1, 1 thread", "way", "milliseconds"], rows)
+    return table(["network, batch 1, 1 thread", "way", "milliseconds"], rows)
 
 
 def _equality(lines: Sequence[Line]) -> str:
@@ -157,17 +158,8 @@ def _equality(lines: Sequence[Line]) -> str:
         "rounded to the other side. What that does to torch alone, when it adds in another order, is the line "
         "without oneDNN."
     )
-    return f"{_table(header, rows)}\n\n{note}"
-
-
-def _cell(estimate: Line | None) -> str:
-    return f"{estimate['median']:.3g} ({estimate['low']:.3g}–{estimate['high']:.3g})" if estimate else ""
+    return f"{table(header, rows)}\n\n{note}"
 
 
 def _agreed(agreement: Line | None) -> str:
     return f"{agreement['same_top1']} of {agreement['rows']} ({agreement['difference']:.1g})" if agreement else ""
-
-
-def _table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -203,8 +203,8 @@ def _final_path(run: Run, data: Path, folder: Path) -> Path:
 
 
 def _line(run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
-    def column(name: str, digits: int = 4) -> list[float]:
-        return [round(record[name], digits) for record in progress.history]
+    def column(name: str) -> list[float]:
+        return [round(record[name], 4) for record in progress.history]
 
     line: dict[str, Any] = {
         "config": run.config,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
+from markdown_tables import table
 from reproduction.arms import BARE
 from reproduction.statistics import Difference, paired
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from typing import Any
 
     from reproduction.protocol import Case, Lines, Study
@@ -53,20 +54,14 @@ def difference(study: Study, case: Case, arm: str, lines: Lines, readout: int | 
 
 def comparison_table(study: Study, lines: Lines) -> str:
     """Test accuracy of every arm, and its paired difference from the study's reference."""
-    rows = [
-        f"| task, host | arm | lr, decay | test accuracy, % (seeds) | seed by seed | − {study.reference}, points | "
-        "95 % t interval | 95 % bootstrap | seeds that would decide | "
-        f"mean of the last {_STEADIER} epochs, 95 % t interval | "
-        "training loss | flipped | oscillating late | reach |",
-        "|" + "---|" * 14,
+    header = [
+        *("task, host", "arm", "lr, decay", "test accuracy, % (seeds)", "seed by seed", f"− {study.reference}, points"),
+        *("95 % t interval", "95 % bootstrap", "seeds that would decide"),
+        f"mean of the last {_STEADIER} epochs, 95 % t interval",
+        *("training loss", "flipped", "oscillating late", "reach"),
     ]
-    for case in study.cases:
-        rows += [_line([str(case), arm, *_cells(study, case, arm, lines)]) for arm in study.arms]
-    return "\n".join(rows) + "\n\n" + _NOTE
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    rows = [[case, arm, *_cells(study, case, arm, lines)] for case in study.cases for arm in study.arms]
+    return f"{table(header, rows)}\n\n{_NOTE}"
 
 
 def _cells(study: Study, case: Case, arm: str, lines: Lines) -> list[str]:
@@ -129,12 +124,9 @@ def tuning_table(study: Study, lines: Lines) -> str:
 def _tuning(study: Study, case: Case, lines: Lines) -> str:
     tuned = [arm for of, arm in study.tuned_pairs if of == case]
     arms = [arm for arm in tuned if any(run in lines for run in study.grid(case, arm))]
-    rows = [_line([f"{case}: lr, decay", *arms]), "|---|" + "---|" * len(arms)]
-    for lr, decay in case.task.reachable:
-        cells = [_tuned(study, case, arm, (lr, decay), lines) for arm in arms]
-        if any(cells):
-            rows.append(_line([f"{lr:g}, {decay:g}", *cells]))
-    return "\n".join(rows)
+    points = {point: [_tuned(study, case, arm, point, lines) for arm in arms] for point in case.task.reachable}
+    rows = [[f"{lr:g}, {decay:g}", *cells] for (lr, decay), cells in points.items() if any(cells)]
+    return table([f"{case}: lr, decay", *arms], rows)
 
 
 def _tuned(study: Study, case: Case, arm: str, point: tuple[float, float], lines: Lines) -> str:
@@ -152,7 +144,7 @@ def search_table(search: Search, lines: Lines) -> str:
     """Difference in points from the bare host, on held-out training images, mean over the cases, by rung."""
     rungs = [search.runs(i, lines) for i in range(len(search.rungs))]
     names = [f"{epochs} epochs: {part}" for epochs, _ in search.rungs for part in ("− bare", *map(str, search.cases))]
-    rows = [_line(["candidate", *names]), "|---|" + "---|" * len(names)]
+    rows = []
     for arm in (BARE, *search.candidates):
         cells = []
         for runs in rungs:
@@ -161,5 +153,5 @@ def search_table(search: Search, lines: Lines) -> str:
             gain = f"{100 * search.gain(mine, bare, lines):+.2f}" if known and arm != BARE else ""
             cells += [gain, *(f"{100 * lines.accuracy(run):.2f}" if run in lines else "" for run in mine)]
             cells += [""] * (len(search.cases) - len(mine))
-        rows.append(_line([arm, *cells]))
-    return "\n".join(rows)
+        rows.append([arm, *cells])
+    return table(["candidate", *names], rows)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markdown_tables import interval, table
 from provenance import by_processor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 __all__ = ["report"]
-
-TRIED = Path(__file__).parent / "tried.md"
-"""What no benchmark repeats."""
 
 _HEAD = """# What the plugin costs in training
 
@@ -25,7 +22,7 @@ process, with 95 % bootstrap intervals; ratios are taken within a turn.
 def report(lines: Sequence[Mapping[str, Any]]) -> str:
     """All sections by processor, of each case its last line there."""
     parts = [_HEAD]
-    for section, table in (
+    for section, tabulated in (
         ("map", _map),
         ("growth", _map),
         ("step", _step),
@@ -34,8 +31,7 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
     ):
         for i, measured in enumerate(by_processor(line for line in lines if line["section"] == section).values()):
             found = [*{line["case"]: line for line in measured}.values()]
-            parts += [_TITLES[section]] * (i == 0) + [table(found), _machines(found)]
-    parts.append(TRIED.read_text(encoding="utf-8"))
+            parts += [_TITLES[section]] * (i == 0) + [tabulated(found) + "\n", _machines(found)]
     return "\n".join(parts)
 
 
@@ -56,12 +52,10 @@ def _map(lines: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for line in lines:
         floor = line["ratio to the floor"]
-        rows.append(
-            [line["case"], *(_cell(line["milliseconds"].get(arm)) for arm in arms), _cell(line["geoopt / plugin"])]
-            + [_cell(floor["plugin"])]
-            + [_cell(floor.get("plugin, compiled"))] * ("plugin, compiled" in arms)
-        )
-    return _table(header, rows)
+        ratios = [line["geoopt / plugin"], floor["plugin"]]
+        ratios += [floor.get("plugin, compiled")] * ("plugin, compiled" in arms)
+        rows.append([line["case"], *map(interval, [*map(line["milliseconds"].get, arms), *ratios])])
+    return table(header, rows)
 
 
 def _step(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -70,12 +64,12 @@ def _step(lines: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             line["case"],
-            _cell(line["milliseconds"]["bare host"]),
-            *(_cell(line["ratio to the bare host"][a]) for a in arms),
+            interval(line["milliseconds"]["bare host"]),
+            *(interval(line["ratio to the bare host"][a]) for a in arms),
         ]
         for line in lines
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _launches(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -86,7 +80,7 @@ def _launches(lines: Sequence[Mapping[str, Any]]) -> str:
         bare, *others = (sum(counts[arm]) for arm in arms)
         cells = [f"{' + '.join(map(str, counts[arm]))} = {sum(counts[arm])}" for arm in arms]
         rows.append([line["case"], *cells, *(f"{other / bare:.2f}" for other in others)])
-    return _table(["case", *arms, *(f"{arm} / {arms[0]}" for arm in arms[1:])], rows)
+    return table(["case", *arms, *(f"{arm} / {arms[0]}" for arm in arms[1:])], rows)
 
 
 def _memory(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -97,21 +91,7 @@ def _memory(lines: Sequence[Mapping[str, Any]]) -> str:
         + [f"{line[kind][arm]:.2f}" for kind in ("copies held", "copies at the peak") for arm in arms]
         for line in lines
     ]
-    return _table(header, rows)
-
-
-def _cell(estimate: Mapping[str, float] | None) -> str:
-    if estimate is None:
-        return ""
-    median, low, high = (
-        f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (estimate[k] for k in ("median", "low", "high"))
-    )
-    return f"{median} ({low} … {high})"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return table(header, rows)
 
 
 def _machines(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -23,13 +23,6 @@ __all__ = ["Parametrized"]
 _WATCHED_READS = 20
 
 
-class _Identity(nn.Module):
-    """Holds the place until the shared list takes it; without right_inverse it leaves the tied latent alone."""
-
-    def forward(self, x: object) -> object:
-        return x
-
-
 class Parametrized(EPC):
     """The cluster registered with torch.nn.utils.parametrize: the latent is ``original``, the weight is computed."""
 
@@ -65,8 +58,8 @@ class Parametrized(EPC):
                 warnings.simplefilter("ignore")  # weights outside the ball are reported for all layers together
                 parametrize.register_parametrization(module, tensor_name, self)
             self.owner = (_lists(module)[tensor_name],)  # type: ignore[assignment]
-        else:  # registering this again would take the inverse of the latent
-            parametrize.register_parametrization(module, tensor_name, _Identity())
+        else:  # registering this again would take the inverse of the latent: an identity has none, and keeps the place
+            parametrize.register_parametrization(module, tensor_name, nn.Identity())
             _lists(module)[tensor_name] = self.owner[0]
         vars(_lists(module)).setdefault("followers", {})[tensor_name] = followers
         _guard_registration(type(module))

@@ -167,13 +167,16 @@ class Interception:
         """The layers of this model that apply would take."""
         where: Predicate | None = self.options.get("where")
         binarize: str | None = self.options.get("binarize")
-        if where is None and binarize is not None:
-            with contextlib.suppress(ValueError):  # there is none in this model
-                return [model.get_submodule(name) for name in plan_binarization(model, binarize, None)]
-            return []
-        predicate = where or binary_convolutions
-        chosen = [m for name, m in model.named_modules() if predicate(m, name)]
-        return chosen if where is not None else [m for m in chosen if not is_frozen(m)]
+        if where is not None:
+            return [m for name, m in model.named_modules() if where(m, name)]
+        if binarize is None:
+            chosen = [m for name, m in model.named_modules() if binary_convolutions(m, name)]
+        else:
+            try:
+                chosen = [model.get_submodule(name) for name in plan_binarization(model, binarize, None)]
+            except ValueError:  # there is none in this model
+                return []
+        return [m for m in chosen if not is_frozen(m)]
 
     def _apply(self, model: nn.Module) -> None:
         if not any(find(module) for module in model.modules()):

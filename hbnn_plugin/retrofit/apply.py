@@ -16,7 +16,7 @@ from ..cluster.settings import Mode, Order, Per, Rule, SpaceName, make_settings
 from ..host.bits import is_two_valued, pack_bits
 from ..host.convolved import convolved_weight
 from ..host.idioms import held_elsewhere
-from ..host.selection import Predicate, Selected
+from ..host.selection import Predicate, Selected, binary_convolutions
 from ..optimizer.hooking import install
 from .binarize import binarize_model, plan_binarization
 from .loading import install_hooks
@@ -67,12 +67,13 @@ def plan(
         point_momentum=point_momentum,
         point_decay=point_decay,
     )
-    if binarize is None:
-        return make_plan(model, settings, where, mode)
-    check_model(model, mode)
     check_where(where)
-    layers = plan_binarization(model, binarize, where)
-    return make_plan(model, settings, lambda module, name: name in layers, mode, binarize)
+    predicate = where or binary_convolutions
+    if binarize is not None:
+        check_model(model, mode)
+        names = plan_binarization(model, binarize, where)
+        predicate = lambda module, name: name in names  # noqa: E731
+    return make_plan(model, settings, predicate, mode, binarize, by_default=where is None)
 
 
 def apply(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
@@ -21,9 +19,9 @@ _SHORTCUT_WORDS = ("downsample", "short", "skip", "identity", "proj")
 def plan_binarization(model: nn.Module, binarize: str, where: Predicate | None) -> set[str]:
     """Names of the convolutions to be binarized; ValueError if there is none or ``binarize`` is unknown.
 
-    By default all nn.Conv2d but the first convolution, a last convolution without a linear layer behind it, and 1×1
-    convolutions of shortcuts, as is the custom: those that are strided or have one of :data:`_SHORTCUT_WORDS` in their
-    name. First and last are told by the order in which the model registers its layers.
+    By default all nn.Conv2d but the first convolution, the last layer, and 1×1 convolutions of shortcuts, as is the
+    custom: those that are strided or have one of :data:`_SHORTCUT_WORDS` in their name. First and last are told by the
+    order in which the model registers its layers.
     """
     if binarize not in ("1/1", "1/32"):
         raise ValueError(f"binarize must be None, '1/1' or '1/32' (weights/activations), not {binarize!r}")
@@ -35,8 +33,9 @@ def plan_binarization(model: nn.Module, binarize: str, where: Predicate | None) 
         if wrong:
             raise ValueError(f"binarize works on plain nn.Conv2d layers; the predicate also took {', '.join(wrong)}")
     else:
-        kept = _outer(dict(layers))
-        chosen = {n for n, m in convolutions if n not in kept and not _is_shortcut(n, m)}
+        first = [n for n, m in layers if isinstance(m, nn.Conv2d)][:1]
+        last = [n for n, _ in layers][-1:]
+        chosen = {n for n, m in convolutions if n not in (*first, *last) and not _is_shortcut(n, m)}
     if "" in chosen:
         raise ValueError(
             "the model is itself the convolution to be binarized, and nothing holds it in which it could be replaced; "
@@ -47,18 +46,10 @@ def plan_binarization(model: nn.Module, binarize: str, where: Predicate | None) 
     if not chosen:
         raise ValueError(
             f"binarize={binarize!r} found no convolution to binarize in {type(model).__name__}: it has "
-            f"{len(convolutions)} nn.Conv2d, of which the first, a last one and 1×1 "
+            f"{len(convolutions)} nn.Conv2d, of which the first, a last layer and 1×1 "
             "shortcuts stay as they are; name others with where=..."
         )
     return chosen
-
-
-def _outer(layers: Mapping[str, nn.Module]) -> set[str]:
-    """The first convolution and the last layer, which may be a linear layer that is registered before the first."""
-    first = next((name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)), None)
-    if first is None:
-        return set()
-    return {first} if next(iter(layers)) != first else {first, [*layers][-1]}
 
 
 def _is_shortcut(name: str, conv: nn.Conv2d) -> bool:

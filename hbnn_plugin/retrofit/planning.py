@@ -15,7 +15,7 @@ from ..cluster.epc import alive, find
 from ..cluster.settings import Mode, Settings
 from ..diagnostics.tables import table
 from ..host.idioms import loads_by_itself, reason_for_inplace
-from ..host.selection import Predicate, Selected, binary_convolutions, is_frozen, own_class, select
+from ..host.selection import Predicate, Selected, is_frozen, own_class, select
 from ..host.sharding import is_sharded
 
 __all__ = ["Plan", "check_model", "check_where", "make_plan"]
@@ -29,13 +29,13 @@ class Plan:
     """The options, defaults filled in."""
     layers: tuple[Selected, ...]
     """Name, module, weight and shape of each."""
-    mode: Mode = "parametrize"
+    mode: Mode
     """``"parametrize"`` or ``"inplace"``."""
-    reason: str | None = None
+    reason: str | None
     """Why the mode is not ``"parametrize"``, if it was left to the plugin."""
-    frozen: tuple[str, ...] = ()
+    frozen: tuple[str, ...]
     """Layers that were left out because their weight takes no gradient; ``where`` would take them."""
-    binarize: str | None = None
+    binarize: str | None
     """What a full-precision model is made first: ``"1/1"``, ``"1/32"`` or nothing."""
 
     def __len__(self) -> int:
@@ -64,21 +64,23 @@ class Plan:
 def make_plan(
     model: nn.Module,
     settings: Settings,
-    where: Predicate | None,
-    mode: Mode | None = None,
+    where: Predicate,
+    mode: Mode | None,
     binarize: str | None = None,
+    by_default: bool = False,
 ) -> Plan:
-    """Select, choose the mode and check. Raises ValueError (TypeError for a model that is none) naming all problems."""
+    """Select, choose the mode and check. Raises ValueError (TypeError for a model that is none) naming all problems.
+
+    ``by_default``: nobody has asked for ``where``, which then leaves frozen layers out.
+    """
     if mode not in (None, *get_args(Mode)):
         raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, or None, not {mode!r}")
     wrapper = check_model(model, mode)
-    check_where(where)
-    predicate = where or binary_convolutions
     layers: list[Selected] = []
     frozen: list[str] = []
     problems: list[str] = []
-    for name, module, selected in select(model, predicate):
-        if where is None and is_frozen(module):
+    for name, module, selected in select(model, where):
+        if by_default and is_frozen(module):
             frozen.append(name or own_class(module).__name__)
             continue
         problem = _no_weight(module) if selected is None else _problem(selected, settings)
@@ -96,7 +98,7 @@ def make_plan(
     if problems:
         raise ValueError("nothing was changed, because of\n  " + "\n  ".join(problems))
     if not layers:
-        raise ValueError(_nothing_selected(model, where, frozen))
+        raise ValueError(_nothing_selected(model, None if by_default else where, frozen))
     reason = None
     if mode is None:
         reason = wrapper or next(iter(ties), None) or loads_by_itself(model, layers)
