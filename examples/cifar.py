@@ -26,8 +26,6 @@ __all__ = ["checksum", "load"]
 PIXEL_BYTES = 3 * 32 * 32
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
-RECORD_BYTES = 1 + PIXEL_BYTES
-"""Of CIFAR-10."""
 
 
 @dataclass(frozen=True)

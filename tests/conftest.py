@@ -39,9 +39,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     generator = np.random.default_rng(0)
     for name in [*cifar.TRAIN_FILES, *cifar.TEST_FILES]:
-        records = generator.integers(0, 256, (200, cifar.RECORD_BYTES), dtype=np.uint8)
+        records = generator.integers(0, 256, (200, cifar.LAYOUTS[10].record_bytes), dtype=np.uint8)
         records[:, 0] %= 10
         with (folder / name).open("wb") as file:
             file.write(records.tobytes())
-            file.truncate(10_000 * cifar.RECORD_BYTES)
+            file.truncate(10_000 * cifar.LAYOUTS[10].record_bytes)
     return folder.parent

@@ -75,13 +75,13 @@ def test_cifar_errors_name_the_file_and_the_mend(data: Path, tmp_path: Path) -> 
     folder.mkdir()
     for name in [*cifar.TRAIN_FILES, *cifar.TEST_FILES]:
         (folder / name).write_bytes(b"")
-        os.truncate(folder / name, 10_000 * cifar.RECORD_BYTES)
+        os.truncate(folder / name, 10_000 * cifar.LAYOUTS[10].record_bytes)
     train_set, test_set = cifar.load(tmp_path, limit=50)
     assert (len(train_set), len(test_set)) == (50, 50)
-    os.truncate(folder / "data_batch_1.bin", 10_000 * cifar.RECORD_BYTES - 1)
+    os.truncate(folder / "data_batch_1.bin", 10_000 * cifar.LAYOUTS[10].record_bytes - 1)
     with pytest.raises(ValueError, match=r"data_batch_1\.bin"):
         cifar.load(tmp_path, limit=50)
-    (folder / "data_batch_1.bin").write_bytes(b"\x0a" + bytes(10_000 * cifar.RECORD_BYTES - 1))
+    (folder / "data_batch_1.bin").write_bytes(b"\x0a" + bytes(10_000 * cifar.LAYOUTS[10].record_bytes - 1))
     with pytest.raises(ValueError, match=r"data_batch_1\.bin.*10"):
         cifar.load(tmp_path, limit=50)
     (folder / "data_batch_1.bin").unlink()

@@ -34,8 +34,8 @@ def axis(points: int, reach: float) -> list[float]:
 def loss_surface(
     model: nn.Module,
     images: ImageSet,
-    points: int = 21,
-    reach: float = 1.0,
+    points: int,
+    reach: float,
     seed: int = 0,
     row_done: Callable[[], None] = lambda: None,
 ) -> list[list[float]]:

@@ -44,7 +44,7 @@ def _weights(filters: int, coordinates: int, per: str, generator: torch.Generato
     return Weights(p, v.requires_grad_(), torch.randn(filters, coordinates, generator=generator), dims)
 
 
-def one_layer(points: int = 512, weights: int = 512 * 512 * 9) -> list[Weights]:
+def one_layer(points: int, weights: int) -> list[Weights]:
     """The largest layer of a ResNet, in so many points."""
     generator = torch.Generator().manual_seed(0)
     if points == 1:
