@@ -22,8 +22,6 @@ class Arm:
     """Of the binary layers' weights."""
     tuned_as: str | None = None
     """The arm whose tuned learning rate and weight decay it takes; by default it is tuned itself."""
-    tuned_as_on: tuple[str, ...] | None = None
-    """The cases where it takes them; by default all."""
 
 
 _LITERAL: Options = {"space": "ball", "radius": 0.05, "per": "filter", "rule": "mobius", "point_lr": 1.0}
@@ -32,8 +30,6 @@ _SPECTRAL: Options = {**_LITERAL, "rule": "spectral", "point_momentum": 0.95, "p
 _ROOT: Options = {**_SPECTRAL, "point_lr": 0.1, "point_lr_power": 0.5}
 _DEFAULT: Options = {**_SPECTRAL, "point_lr": 0.15, "point_lr_power": 0.75}
 _FLAT = 1e-12
-_ROOT_TUNED = ("cifar10 resnet8, irnet",)
-"""Cases that were tuned when √lr was the default."""
 
 _OPEN: dict[str, Options] = {
     "per layer": {**_LITERAL, "per": "layer"},
@@ -65,6 +61,8 @@ _APPLIED: dict[str, Options] = {
     "HBNN": _LITERAL,
     "HBNN, spectral, √lr": _ROOT,
     "Euclidean, spectral, √lr": {**_ROOT, "radius": _FLAT},
+    "HBNN, spectral": _DEFAULT,
+    "Euclidean, spectral": {**_DEFAULT, "radius": _FLAT},
     **_OPEN,
 }
 
@@ -72,17 +70,15 @@ ARMS: dict[str, Arm] = {
     BARE: Arm(),
     "bare, Muon": Arm(optimizer="muon"),
     **{name: Arm(options) for name, options in _APPLIED.items()},
-    "HBNN, spectral": Arm(_DEFAULT, tuned_as="HBNN, spectral, √lr", tuned_as_on=_ROOT_TUNED),
-    "Euclidean, spectral": Arm({**_DEFAULT, "radius": _FLAT}, tuned_as="HBNN, spectral, √lr", tuned_as_on=_ROOT_TUNED),
     **_RADII,
 }
 """By name; options are spelled out so that a change of the library's defaults changes no arm.
 
 "Euclidean" is x = v + p, the point as a second copy of the weights without curvature. "spectral" goes beyond the paper
 and is the library's default; "√lr" was the default before, with points whose rate goes with the root of the learning
-rate. The new one's power and rate were chosen by two more runs a host at the old one's tuned learning rate and decay
-(arms "p = 1" and "p = 3/4" among the lines); there these were kept, elsewhere it is tuned itself.
-"bare, Muon" is the control of "√lr": the same directions, momentum, rate and decay on the host's own weights.
+rate; the new one's power was chosen by two more runs a host at the old one's tuned learning rate and decay (arms "p =
+1" and "p = 3/4" among the lines). "bare, Muon" is the control of "√lr": the same directions, momentum, rate and decay
+on the host's own weights.
 """
 
 SEARCHED = (

@@ -6,7 +6,7 @@ rates, each with its best decay, train at the full one, then the winner's neighb
 better. Fresh seeds with the winner train on all training images and are read on the test set, after the last epoch.
 
 An ablation asks what a part of one arm does, all else equal: every arm trains with what the tuning chose for that one.
-An arm may also take another one's settings, such as its predecessor's (``Arm.tuned_as``).
+An arm may also take another one's settings (``Arm.tuned_as``), such as all radii of Table I.
 """
 
 from __future__ import annotations
@@ -84,16 +84,11 @@ class Study:
     @property
     def tuned_pairs(self) -> list[tuple[Case, str]]:
         """Those that are tuned; among them may be arms that are not compared."""
-        return list(dict.fromkeys((case, self.tuned_as(case, arm)) for case, arm in self.pairs))
+        return list(dict.fromkeys((case, self.tuned_as(arm)) for case, arm in self.pairs))
 
-    def tuned_as(self, case: Case, arm: str) -> str:
+    def tuned_as(self, arm: str) -> str:
         """The arm whose learning rate and weight decay this one takes: as a rule, itself."""
-        if self.ablated:
-            return self.ablated
-        chosen = self.arms[arm]
-        if chosen.tuned_as is None or (chosen.tuned_as_on is not None and str(case) not in chosen.tuned_as_on):
-            return arm
-        return chosen.tuned_as
+        return self.ablated or self.arms[arm].tuned_as or arm
 
     @property
     def reference(self) -> str:
@@ -150,13 +145,13 @@ class Study:
 
     def is_tuned(self, case: Case, arm: str, lines: Lines) -> bool:
         """Whether tuning has nothing more to ask."""
-        arm = self.tuned_as(case, arm)
+        arm = self.tuned_as(arm)
         finals = self.finals(case, arm, lines)
         return not self.grid(case, arm) or (bool(finals) and lines.done(finals))
 
     def setting(self, case: Case, arm: str, lines: Lines) -> tuple[float, float] | None:
         """Learning rate and decay that win the tuning, or lead it so far; None before a run of the full length."""
-        arm = self.tuned_as(case, arm)
+        arm = self.tuned_as(arm)
         if not self.grid(case, arm):
             return case.task.grid[0]
         done = [run for run in self.finals(case, arm, lines) if run in lines]

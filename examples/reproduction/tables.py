@@ -69,7 +69,7 @@ def _cells(study: Study, case: Case, arm: str, lines: Lines) -> list[str]:
     setting = f"{best[0]:g}, {best[1]:g}" if best else "not tuned yet"
     if best and not study.is_tuned(case, arm, lines):
         setting += ", so far"
-    if (tuned_as := study.tuned_as(case, arm)) not in (arm, study.ablated):
+    if (tuned_as := study.tuned_as(arm)) not in (arm, study.ablated):
         setting += f", as {tuned_as}"
     if not found:
         return [setting, *[""] * 11]
