@@ -68,12 +68,11 @@ def plan(
         point_decay=point_decay,
     )
     check_where(where)
-    predicate = where or binary_convolutions
-    if binarize is not None:
-        check_model(model, mode)
-        names = plan_binarization(model, binarize, where)
-        predicate = lambda module, name: name in names  # noqa: E731
-    return make_plan(model, settings, predicate, mode, binarize, by_default=where is None)
+    if binarize is None:
+        return make_plan(model, settings, where or binary_convolutions, mode, by_default=where is None)
+    check_model(model, mode)
+    names = plan_binarization(model, binarize, where)
+    return make_plan(model, settings, lambda module, name: name in names, mode, binarize, by_default=where is None)
 
 
 def apply(
