@@ -46,7 +46,7 @@ def plan_binarization(model: nn.Module, binarize: str, where: Predicate | None) 
     if not chosen:
         raise ValueError(
             f"binarize={binarize!r} found no convolution to binarize in {type(model).__name__}: it has "
-            f"{len(convolutions)} nn.Conv2d, of which the first, a last layer and 1×1 "
+            f"{len(convolutions)} nn.Conv2d, of which the first, one that is the last layer, and 1×1 "
             "shortcuts stay as they are; name others with where=..."
         )
     return chosen
