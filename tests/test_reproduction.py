@@ -23,6 +23,7 @@ import cifar
 from locks import occupied
 from reproduction import ledger
 from reproduction.arms import ARMS
+from reproduction.experiments import Experiment
 from reproduction.pool import require_same_images, run_missing
 from reproduction.presets import PRESETS
 from reproduction.protocol import Case, Lines, Study
@@ -60,7 +61,9 @@ def test_tuning_sees_the_whole_grid_then_the_best_at_full_length_and_never_the_t
 
 
 def test_an_ablation_tunes_one_arm_and_gives_all_others_its_settings() -> None:
-    s = Study([CASE], {arm: ARMS[arm] for arm in ("Euclidean", "HBNN")}, 2, compiled=False, ablated="HBNN")
+    experiment = Experiment("", (), (), ("Euclidean", "HBNN"), seeds=2, ablated="HBNN")
+    s = experiment.study(PRESETS["smoke"], [CASE])
+    assert s.reference == "HBNN"
     done: list[dict[str, Any]] = []
     while missing := s.missing(Lines(done)):
         left = s.epochs_left(Lines(done))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reproduction.arms import ARMS, BARE, RADII, SEARCHED
@@ -45,9 +45,13 @@ class Experiment:
         Raises ValueError for an ablation without the arm that it is of.
         """
         chosen = {arm: ARMS[arm] for arm in arms or self.arms}
-        if self.ablated and self.ablated not in chosen:
-            raise ValueError(f"the arms of this ablation have to contain {self.ablated!r}")
-        return Study(cases, chosen, seeds or self.seeds or preset.seeds, preset.compiled, self.ablated)
+        if self.ablated:
+            if self.ablated not in chosen:
+                raise ValueError(f"the arms of this ablation have to contain {self.ablated!r}")
+            parts = {name: replace(arm, tuned_as=self.ablated) for name, arm in chosen.items() if name != self.ablated}
+            chosen |= parts
+        seeds = seeds or self.seeds or preset.seeds
+        return Study(cases, chosen, seeds, preset.compiled, self.ablated or BARE)
 
     def search(self, preset: Preset, cases: Sequence[Case], arms: Sequence[str] = ()) -> Search:
         """Its arms by successive halving. Raises ValueError at a preset that has no room for it."""

@@ -64,8 +64,8 @@ class Preset:
     tasks: tuple[Task, ...]
     seeds: int
     """Fresh seeds on the test set."""
-    rungs: tuple[tuple[int, int], ...] = ()
-    """Of the search for a default: epochs, and how many candidates train for so long."""
+    rungs: tuple[int, ...] = ()
+    """Of the search for a default: the epochs of each."""
     compiled: bool = True
     """Whether the networks train under ``torch.compile``."""
 
@@ -92,7 +92,7 @@ PRESETS = {
             Task("imagenet", "resnet18_imagenet", 32, 2, 4, (0.1,), (1e-4,), readout=2),
         ),
         seeds=2,
-        rungs=((1, 3), (2, 1)),
+        rungs=(1, 2),
         compiled=False,
     ),
     "small": Preset(
@@ -110,7 +110,7 @@ PRESETS = {
             ),
         ),
         seeds=5,
-        rungs=((10, 18), (20, 5), (40, 2)),
+        rungs=(10, 20, 40),
     ),
     "medium": Preset(
         (
@@ -120,7 +120,7 @@ PRESETS = {
             _medium("cifar100", "resnet18"),
         ),
         seeds=5,
-        rungs=((30, 18), (60, 5), (120, 2)),
+        rungs=(30, 60, 120),
     ),
     "paper": Preset(
         (

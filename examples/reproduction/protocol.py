@@ -5,8 +5,8 @@ held-out training images. The whole grid trains at a short schedule, which favou
 rates, each with its best decay, train at the full one, then the winner's neighbours, and so on until no neighbour is
 better. Fresh seeds with the winner train on all training images and are read on the test set, after the last epoch.
 
-An ablation asks what a part of one arm does, all else equal: every arm trains with what the tuning chose for that one.
-An arm may also take another one's settings (``Arm.tuned_as``), such as all radii of Table I.
+An arm may take another one's settings instead (``Arm.tuned_as``): all radii of Table I train alike, and an ablation
+asks what a part of one arm does, all else equal.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Study:
     arms: Mapping[str, Arm]
     seeds: int
     compiled: bool = True
-    ablated: str | None = None
-    """Of an ablation: the arm whose learning rate and weight decay all others share."""
+    reference: str = BARE
+    """The arm that the others are compared with."""
 
     @property
     def pairs(self) -> list[tuple[Case, str]]:
@@ -88,12 +88,7 @@ class Study:
 
     def tuned_as(self, arm: str) -> str:
         """The arm whose learning rate and weight decay this one takes: as a rule, itself."""
-        return self.ablated or self.arms[arm].tuned_as or arm
-
-    @property
-    def reference(self) -> str:
-        """The arm that the others are compared with."""
-        return self.ablated or BARE
+        return self.arms[arm].tuned_as or arm
 
     def run(self, case: Case, arm: str, lr: float, decay: float, epochs: int, seed: int, split: Split) -> Run:
         """One run of this study."""

@@ -69,7 +69,7 @@ def _cells(study: Study, case: Case, arm: str, lines: Lines) -> list[str]:
     setting = f"{best[0]:g}, {best[1]:g}" if best else "not tuned yet"
     if best and not study.is_tuned(case, arm, lines):
         setting += ", so far"
-    if (tuned_as := study.tuned_as(arm)) not in (arm, study.ablated):
+    if (tuned_as := study.tuned_as(arm)) != arm:
         setting += f", as {tuned_as}"
     if not found:
         return [setting, *[""] * 11]
@@ -143,7 +143,7 @@ def _tuned(study: Study, case: Case, arm: str, point: tuple[float, float], lines
 def search_table(search: Search, lines: Lines) -> str:
     """Difference in points from the bare host, on held-out training images, mean over the cases, by rung."""
     rungs = [search.runs(i, lines) for i in range(len(search.rungs))]
-    names = [f"{epochs} epochs: {part}" for epochs, _ in search.rungs for part in ("− bare", *map(str, search.cases))]
+    names = [f"{epochs} epochs: {part}" for epochs in search.rungs for part in ("− bare", *map(str, search.cases))]
     rows = []
     for arm in (BARE, *search.candidates):
         cells = []
