@@ -26,7 +26,7 @@ MAP = [
     ("geometry/ball.py", "series_w = 2 / 3 +", "series_w = 1 / 3 +", "backward: the series near v = 0"),
     ("geometry/ball.py", "return -room_p * ratio", "return room_p * ratio", "inverse: sign of p's coefficient"),
     ("geometry/sphere.py", "alpha=cos - s * rq,", "alpha=cos + s * rq,", "sphere: v's radial part added, not removed"),
-    ("geometry/exponential.py", "2 * k.alpha_v", "k.alpha_v", "backward: a factor 2"),
+    ("geometry/joint_maps.py", "2 * k.alpha_v", "k.alpha_v", "backward: a factor 2"),
     ("geometry/dtypes.py", "torch.float64) else torch.float32", "torch.float64) else dtype", "half precision inside"),
 ]
 

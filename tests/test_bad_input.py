@@ -14,7 +14,7 @@ from torch.optim import SGD
 
 import hbnn_plugin
 from hbnn_plugin import by_class, by_name
-from tiny_hosts import TinyNet, clusters, same_state, state, tiny_net, train
+from tiny_hosts import IrConv, TinyNet, clusters, same_state, state, tiny_net, train
 from training_helpers import applied
 
 
@@ -47,6 +47,17 @@ def zero_filter() -> TinyNet:
     return net
 
 
+class FinalConv(IrConv):
+    def __init_subclass__(cls, *, tag: str, **options: Any) -> None:
+        super().__init_subclass__(**options)
+
+
+def with_final_conv() -> TinyNet:
+    net = tiny_net()
+    net.conv2 = FinalConv(5, 6, 3)
+    return net
+
+
 BAD = {
     "no binary convolution": (
         lambda: tiny_net(nn.Conv2d),
@@ -63,6 +74,7 @@ BAD = {
     "radius no number": (tiny_net, {"radius": "0.1"}, TypeError, ["radius", "0.1"]),
     "space": (tiny_net, {"space": "torus"}, ValueError, ["space", "torus", "'ball', 'sphere'"]),
     "per": (tiny_net, {"per": "channel"}, ValueError, ["per", "channel", "'layer', 'filter'"]),
+    "no rule": (tiny_net, {"rule": ""}, ValueError, ["rule", "''", "'mobius', 'riemannian'"]),
     "rule": (tiny_net, {"rule": "sgd"}, ValueError, ["rule", "sgd", "'mobius', 'riemannian'"]),
     "order": (tiny_net, {"order": "both"}, ValueError, ["order", "both", "'simultaneous', 'alternating'"]),
     "binarize": (tiny_net, {"binarize": "2/2"}, ValueError, ["binarize", "2/2", "'1/1'", "'1/32'"]),
@@ -131,6 +143,12 @@ BAD = {
         {"mode": "parametrize"},
         ValueError,
         ["DataParallel", "apply first, wrap", "mode='inplace'"],
+    ),
+    "class without subclasses": (
+        with_final_conv,
+        {"mode": "parametrize"},
+        ValueError,
+        [r"conv2 \(FinalConv\): its class refuses to be subclassed.*'tag'", "mode='inplace'"],
     ),
     "string, binarized": (
         tiny_net,

@@ -80,7 +80,7 @@ def test_a_forward_maps_every_layer_once_and_leaves_nothing(monkeypatch: pytest.
     monkeypatch.setattr(exponential, "_scalars", lambda maps, out: batches.append(len(maps)) or original(maps, out))
     net(images())
     assert batches == [len(BINARY_LAYERS)]
-    assert all(epc.foreseen is None for epc in clusters(net))
+    assert all(epc.precomputed is None for epc in clusters(net))
 
 
 class ReadsTwice(nn.Conv2d):
@@ -151,7 +151,7 @@ def test_after_a_forward_that_raised_nothing_mapped_is_left() -> None:
     net = applied()
     with pytest.raises(RuntimeError):
         net(torch.zeros(1, 7, 8, 8))
-    assert all(epc.foreseen is None for epc in clusters(net))
+    assert all(epc.precomputed is None for epc in clusters(net))
     for layer in clusters(net):
         layer.parameter.data.mul_(-0.7)
     for name in BINARY_LAYERS:
@@ -178,7 +178,7 @@ def test_latents_that_wait_elsewhere_are_not_mapped() -> None:
     net = applied()
     for layer in clusters(net):
         layer.register_buffer("point", layer.point.to("meta"))  # as a replica's or an offloaded model's
-        assert not layer.foresees_its_map
+        assert not layer.can_precompute
 
 
 def test_two_reads_are_equal_and_share_no_memory() -> None:

@@ -50,19 +50,20 @@ def binary_now(net: TinyNet) -> dict[str, Tensor]:
 
 
 @each_geometry
+@each_mode
 @pytest.mark.parametrize("host", [IrConv, SimanConv, ScaledConv, HardBinaryConv], ids=lambda h: h.__name__)
 @pytest.mark.filterwarnings("ignore:.*start at the edge of the ball")
-def test_a_plain_checkpoint_loads_strictly(host: Any, options: dict[str, Any]) -> None:
+def test_a_plain_checkpoint_loads_strictly(host: Any, mode: str, options: dict[str, Any]) -> None:
     plain = tiny_net(host, seed=5)
     train(plain, SGD(plain.parameters(), lr=0.1), 2)
-    net = trained(host, **options)
+    net = trained(host, mode=mode, **options)
     assert any(net_flips for net_flips in hbnn_plugin.flip_ratio(net).values())
     result = net.load_state_dict(saved(plain.state_dict()))
     assert result.missing_keys == []
     assert result.unexpected_keys == []
     if host not in (ScaledConv, HardBinaryConv) or options["relative"] or options["space"] == "ball":
         torch.testing.assert_close(output(net), output(plain), rtol=1e-4, atol=1e-5)
-    fresh = hbnn_plugin.apply(plain, **options)
+    fresh = hbnn_plugin.apply(plain, mode=mode, **options)
     assert same_state(state(net), state(fresh)), "not what apply on the loaded host would give"
     assert hbnn_plugin.flip_ratio(net).total == 0
     bits = binary_now(net)
@@ -107,6 +108,19 @@ def test_a_plain_checkpoint_of_another_dtype(dtypes: tuple[torch.dtype, torch.dt
 
 
 # -- applied checkpoints --------
+
+
+@each_mode
+@pytest.mark.parametrize("assign", [False, True])
+def test_points_of_a_checkpoint_in_half_precision_are_float32(assign: bool, mode: str) -> None:
+    net = trained(mode=mode)
+    halves = {k: t.half() if t.is_floating_point() else t for k, t in net.state_dict().items()}
+    other = applied(mode=mode)
+    other.load_state_dict(halves, assign=assign)
+    for name, epc in clusters(other).items():
+        assert epc.point.dtype == torch.float32
+        assert epc.parameter.dtype == (torch.float16 if assign else torch.float32)
+        torch.testing.assert_close(epc.point, clusters(net)[name].point, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.optim import LBFGS, SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 
 import hbnn_plugin
-from hbnn_plugin.cluster import inplace
+from hbnn_plugin.cluster import swapping
 from inplace_nets import CURVED, agree, mapped, smooth
 from tiny_hosts import BINARY_LAYERS, SmoothConv, TinyNet, clusters, latents, loss_of, points, tiny_net, train
 from training_helpers import F64, closure_of
@@ -154,7 +154,7 @@ def test_an_interrupt_between_latent_and_weight_leaves_nothing_half_way(
         loss_of(n, 2).backward()
     gradients = [epc.parameter.grad for epc in clusters(net).values()]
     with monkeypatch.context() as patch:
-        patch.setattr(inplace, name, Interrupted(getattr(inplace, name), call, done))
+        patch.setattr(swapping, name, Interrupted(getattr(swapping, name), call, done))
         with pytest.raises(KeyboardInterrupt):
             optimizers[0].step()
     assert mapped(net)
@@ -170,7 +170,7 @@ def test_where_memory_has_run_out_for_good_the_next_step_writes_the_weights(monk
     optimizer = SGD(net.parameters(), lr=0.3)
     train(net, optimizer, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(inplace, "exp_maps", Interrupted(inplace.exp_maps, 0, False, float("inf")))
+        patch.setattr(swapping, "exp_maps", Interrupted(swapping.exp_maps, 0, False, float("inf")))
         with pytest.raises(KeyboardInterrupt):
             train(net, optimizer, 1)
     before = latents(net)
@@ -192,7 +192,7 @@ def test_a_backward_that_waits_may_go_through_a_layer_without_a_gradient(mode: s
     now.backward()
     optimizer.step()
     later.backward()
-    assert [float(epc.moves) for epc in clusters(net).values()] == [1, 0]
+    assert [float(epc.revision) for epc in clusters(net).values()] == [1, 0]
 
 
 def test_a_weight_of_another_shape_is_named() -> None:

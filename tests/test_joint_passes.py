@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hbnn_plugin import ball, sphere
 from hbnn_plugin.geometry import joint_passes
-from hbnn_plugin.geometry.exponential import Map, exp_map, exp_map_mapped, exp_maps, pull_back
+from hbnn_plugin.geometry.exponential import exp_map, exp_map_mapped
+from hbnn_plugin.geometry.joint_maps import Map, exp_maps, pull_back
 from hbnn_plugin.geometry.joint_passes import combine_each, inner_products
 from map_points import inside, on_sphere
 
@@ -114,4 +115,4 @@ def test_maps_of_several_layers_and_their_gradients() -> None:
         torch.testing.assert_close(read, alone, rtol=2e-6, atol=1e-6)
         (through,) = torch.autograd.grad(read, latent, upstream)
         torch.testing.assert_close(through, expected, rtol=1e-5, atol=1e-6)
-    assert [made.careful for made in mapped] == [False, True, True, False, False, False]
+    assert [made.prescaled for made in mapped] == [False, True, True, False, False, False]

@@ -86,7 +86,7 @@ def test_every_kind_of_layer_has_a_point_for_each_output_unit(kind: str, options
     before, keys, cls = layer(x), list(layer.state_dict()), type(layer)
     hbnn_plugin.apply(layer, where=by_class(cls), mode=mode, **options)
     (epc,) = clusters(layer).values()
-    assert epc.points == units
+    assert epc.point_count == units
     if epc.scale is not None:
         torch.testing.assert_close(epc.scale.flatten(), torch.stack(expected))
         torch.testing.assert_close(layer(x), before)

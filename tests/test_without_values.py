@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hbnn_plugin
-from hbnn_plugin.cluster import epc, inplace
-from hbnn_plugin.geometry import exponential, joint_passes, looking, passes
+from hbnn_plugin.cluster import epc, swapping
+from hbnn_plugin.geometry import exponential, joint_maps, joint_passes, looking, passes
 from hbnn_plugin.optimizer import recovery
 from tiny_hosts import IrConv, SmoothConv, TinyNet, batch, train
 from training_helpers import OPTIMIZERS, applied, each_mode
@@ -65,7 +65,7 @@ def test_an_inplace_step_looks_for_all_layers_together(rule: str, monkeypatch: p
         looks.append(len(list(flags)))
         return list(items) if len(looks) % 4 == 2 else []  # say that all weights were edited, and nothing else
 
-    monkeypatch.setattr(inplace, "_chosen", chosen)
+    monkeypatch.setattr(swapping, "_chosen", chosen)
     meta_step(net)
     meta_step(net)
     # left alone since the last step (there was none on this device)? edited? out of the ball? gradient cleared?
@@ -97,9 +97,9 @@ class NoFloat64(TorchDispatchMode):
 @each_mode
 @pytest.mark.parametrize("rule", ["spectral", "mobius"])
 def test_where_there_is_no_float64(rule: str, mode: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (passes, exponential, joint_passes, looking, epc):
+    for module in (passes, exponential, joint_maps, joint_passes, looking, epc):
         monkeypatch.setattr(module, "scalar_dtype", lambda device: torch.float32)
-    for module in (exponential, recovery):
+    for module in (joint_maps, recovery):
         monkeypatch.setattr(module, "may_look", lambda x: False)
     data = [batch(i) for i in range(3)]
     with NoFloat64():

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import hbnn_plugin
 from hbnn_plugin import ball
-from hbnn_plugin.geometry.exponential import Map, exp_map_mapped, exp_maps
+from hbnn_plugin.geometry.exponential import exp_map_mapped
+from hbnn_plugin.geometry.joint_maps import Map, exp_maps
 from hosts import binary_layers, get_host
 from hosts.networks import NETWORKS
 from measuring import in_turns, median, ratio

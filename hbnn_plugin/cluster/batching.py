@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..geometry.exponential import exp_maps
+from ..geometry.joint_maps import exp_maps
 from ..geometry.looking import traced
 from .parametrization import Parametrized
 
@@ -41,15 +41,15 @@ def remove_batching(model: nn.Module) -> None:
 def _map_all(model: nn.Module, _: Any) -> None:
     if traced():  # a compiler fuses the scalars itself
         return
-    clusters = [epc for epc in _clusters(model) if epc.foresees_its_map]
+    clusters = [epc for epc in _clusters(model) if epc.can_precompute]
     for epc, mapped in zip(clusters, exp_maps([epc.map_of(epc.parameter.detach()) for epc in clusters])):
-        epc.foresee(mapped)
+        epc.precompute(mapped)
 
 
 def _forget_all(model: nn.Module, *_: Any) -> None:
     if not traced():
         for epc in _clusters(model):
-            epc.foreseen = None
+            epc.precomputed = None
 
 
 def _clusters(model: nn.Module) -> list[Parametrized]:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import threading
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from ..geometry.ball import MARGIN
 from ..geometry.dtypes import scalar_dtype, working_dtype
-from ..geometry.exponential import Map, Mapped, exp_map, exp_map_mapped, log_map, mobius_scale
+from ..geometry.exponential import exp_map, exp_map_mapped, log_map, mobius_scale
+from ..geometry.joint_maps import Map, Mapped
 from ..geometry.passes import combine, inner
 from ..geometry.scalars import Radius
 from ..host.selection import own_class
@@ -124,8 +126,8 @@ class EPC(nn.Module, ABC):
         self.unit_dims = unit_dims
         self.flat = self.shape != tuple(weight.shape)
         self.dims = settings.point_dims(self.shape, unit_dims)
-        self.layers = 1  # more for tied weights
-        self.moves = 0
+        self.tied_layers = 1  # more for tied weights
+        self.revision = 0  # goes up with each of the point's moves, for telling whether it has made one since
         self.hooked = False  # whether some optimizer's step has taken this cluster along
         self.reference_is_stale = False
         self.loaded_weight: Tensor | None = None  # with its latent, from a checkpoint of in-place mode
@@ -248,6 +250,16 @@ class EPC(nn.Module, ABC):
         scale = 1e-4 * (inner(target, target, self.dims) / inner(tilt, tilt, self.dims)).sqrt()
         return torch.where(opposite, self._into_space(target + scale.to(target.dtype) * tilt)[0], target)
 
+    def warn_of_lengths(self, outside: int, stacklevel: int = 2) -> None:
+        """Say that for so many points a weight's length could not be kept."""
+        edge = "on the sphere" if self.settings.space == "sphere" else "inside the ball"
+        warnings.warn(
+            f"{self.name}: the assigned weight does not lie {edge} for {outside} of {self.point_count} point(s) "
+            f"(radius {self.settings.radius:g}); its direction is kept and its length is not. "
+            "A smaller radius, or apply(..., relative=True), would keep both.",
+            stacklevel=stacklevel + 1,
+        )
+
     def logical(self, tensor: Tensor) -> Tensor:
         """The tensor in the logical shape of the weight."""
         return tensor.reshape(self.shape) if self.flat else tensor
@@ -255,7 +267,12 @@ class EPC(nn.Module, ABC):
     # -- what others ask ---------------------------------------------------------------------------------------------
 
     @property
-    def points(self) -> int:
+    def scalar_shape(self) -> torch.Size:
+        """Of what is one number a point: size 1 in ``dims``."""
+        return self.mean_square.shape
+
+    @property
+    def point_count(self) -> int:
         """How many points the layer has."""
         return self.mean_square.numel()
 
@@ -265,7 +282,7 @@ class EPC(nn.Module, ABC):
         return (self.radius * inner(self.point, self.point, self.dims)).sqrt().flatten()
 
     def extra_repr(self) -> str:
-        return f"{self.settings}, points={self.points}"
+        return f"{self.settings}, points={self.point_count}"
 
     def get_extra_state(self) -> Tensor:
         """Settings and layout as JSON, a zero byte, the flip reference.

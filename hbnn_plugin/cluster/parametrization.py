@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..geometry.exponential import Mapped
+from ..geometry.joint_maps import Mapped
 from ..geometry.looking import checksum, recorded, traced
 from ..host.sharding import whole
 from .epc import EPC, find
@@ -31,7 +31,7 @@ class Parametrized(EPC):
     def __init__(self, weight: Tensor, *args: Any, **kwargs: Any) -> None:
         super().__init__(weight, *args, **kwargs)
         self._bypass = False
-        self.foreseen: tuple[Tensor, int, Mapped] | None = None  # a latent, its version, and what the map makes of it
+        self.precomputed: tuple[Tensor, int, Mapped] | None = None  # of a latent, at a version
         self._watch = StepWatch()
         self._reads_to_watch = _WATCHED_READS
         self._last_read: tuple[Tensor, float] | None = None
@@ -82,10 +82,10 @@ class Parametrized(EPC):
             return whole(latent)
         if traced():  # which fuses by itself, and would guard on every counter that it meets
             return self.weight_of(latent)
-        foreseen = self.foreseen
-        if foreseen is not None and foreseen[0] is latent and foreseen[1] == _version(latent):
-            weight = self.weight_of(latent, foreseen[2])
-            self.foreseen = (*foreseen[:2], foreseen[2]._replace(weight=None))  # that memory is the reader's now
+        precomputed = self.precomputed
+        if precomputed is not None and precomputed[0] is latent and precomputed[1] == _version(latent):
+            weight = self.weight_of(latent, precomputed[2])
+            self.precomputed = (*precomputed[:2], precomputed[2]._replace(weight=None))  # that memory is the reader's
         else:
             weight = self.weight_of(latent)
         if type(latent) is nn.Parameter and not recorded():
@@ -95,12 +95,12 @@ class Parametrized(EPC):
                 self._watch_edits(weight)
         return weight
 
-    def foresee(self, mapped: Mapped) -> None:
+    def precompute(self, mapped: Mapped) -> None:
         """Let reads of the weight take this, until the forward ends or the latent changes."""
-        self.foreseen = self.parameter, _version(self.parameter), mapped
+        self.precomputed = self.parameter, _version(self.parameter), mapped
 
     @property
-    def foresees_its_map(self) -> bool:
+    def can_precompute(self) -> bool:
         """Whether the map may be worked out before the layer runs: whether it will see the latent that is here now."""
         latent = self.owner[0].original if self.owner is not None else None
         # FSDP's shards and functional_call's substitutes are no plain Parameters; under offloading the latent is
@@ -115,13 +115,7 @@ class Parametrized(EPC):
         latent, outside = self.latent_of(weight)
         self._watch.forget()
         if outside:
-            edge = "on the sphere" if self.settings.space == "sphere" else "inside the ball"
-            warnings.warn(
-                f"{self.name}: the assigned weight does not lie {edge} for {outside} of {self.points} point(s) "
-                f"(radius {self.settings.radius:g}); its direction is kept and its length is not. "
-                "A smaller radius, or apply(..., relative=True), would keep both.",
-                stacklevel=5,  # through torch's property and setattr to the user's assignment
-            )
+            self.warn_of_lengths(outside, stacklevel=5)  # through torch's property and setattr to the user's assignment
         return latent
 
     @contextlib.contextmanager
@@ -134,7 +128,7 @@ class Parametrized(EPC):
             self._bypass = False
 
     def _watch_steps(self, latent: Tensor) -> None:
-        changes = self._watch.sees_a_still_point(self, latent)
+        changes = self._watch.changes_without_step(self, latent)
         if changes:
             warnings.warn(
                 f"{self.name}: its latent weight has changed {changes} times and its point has not moved: no optimizer "

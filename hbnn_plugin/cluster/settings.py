@@ -110,7 +110,8 @@ def make_settings(
     **numbers: float | None,
 ) -> Settings:
     """The options of :func:`hbnn_plugin.apply`, with the defaults that depend on space and rule in place of None."""
-    rule = rule or ("spectral" if space == "ball" else "mobius")
+    if rule is None:
+        rule = "spectral" if space == "ball" else "mobius"
     defaults = {"radius": _RADIUS.get(space, 1.0), "start": 1.0 if space == "sphere" else 0.0}
     defaults |= _SPECTRAL if rule == "spectral" else _OTHERS
     if space == "sphere":

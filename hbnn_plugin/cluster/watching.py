@@ -31,16 +31,16 @@ class StepWatch:
         """What happens now to the weight is not an optimizer's doing."""
         self._changes, self._last = 0, None
 
-    def leave_at(self, weight: Tensor) -> None:
+    def after_forward(self, weight: Tensor) -> None:
         """This is the weight as the forward leaves it, which may have edited it itself."""
         if self._last is not None:
             self._last = checksum(weight)
 
-    def sees_a_still_point(self, epc: EPC, weight: Tensor) -> int:
+    def changes_without_step(self, epc: EPC, weight: Tensor) -> int:
         """Look at the weight before a forward; how often it has changed, once that is too often, and else 0."""
         if not (epc.training and torch.is_grad_enabled() and type(weight) is nn.Parameter and weight.requires_grad):
             return 0
-        if epc.moves or epc.hooked:
+        if epc.revision or epc.hooked:
             self._left = 0
             return 0
         now = checksum(weight)

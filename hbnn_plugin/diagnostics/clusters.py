@@ -64,7 +64,7 @@ def cluster_report(model: nn.Module) -> ClusterReport:
             latent_bits = current_bits(module, tensor_name, epc)
         reach = epc.reach()
         layers[name] = LayerClusters(
-            points=epc.points,
+            points=epc.point_count,
             steps=int(epc.steps),
             mean_reach=float(reach.mean()),
             reach=float(reach.max()),

@@ -21,11 +21,11 @@ from .scalars import PointGradient, Radius, Slopes
 
 __all__ = [
     "MARGIN",
-    "delicate",
     "exp_slopes",
     "log",
     "mobius_add",
     "mobius_scale",
+    "needs_exact_products",
     "point_gradient",
     "point_step",
 ]
@@ -102,7 +102,7 @@ def exp_slopes(pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> Slopes:
     )
 
 
-def delicate(pp: Tensor, r: Radius) -> Tensor:
+def needs_exact_products(pp: Tensor, r: Radius) -> Tensor:
     """Whether a point's inner products are wanted in float64: near the edge, against v, D is a difference near 0."""
     return r * pp > 0.8
 
@@ -169,7 +169,7 @@ def point_gradient(gram: Tensor, r: Radius) -> PointGradient:
     gradient[1] += c_p
     # The rank-2 change squeezes h by the ratio of the map's slopes along and across v: what is left of a gradient in
     # single precision cannot be stretched back once that ratio nears its rounding.
-    return PointGradient(gradient, upstream, squeeze=(det / k.beta**2).abs())
+    return PointGradient(gradient, upstream, relative_slope=(det / k.beta**2).abs())
 
 
 def point_step(pp: Tensor, pg: Tensor, gg: Tensor, step: Tensor, r: Radius) -> tuple[Tensor, Tensor]:
@@ -180,10 +180,9 @@ def point_step(pp: Tensor, pg: Tensor, gg: Tensor, step: Tensor, r: Radius) -> t
     """
     edge = (1 - MARGIN) ** 2 / r
     bound = (edge / gg.clamp(min=1e-300)).sqrt().clamp(max=1.0)  # ⊗ takes arguments inside the ball only
-    gg = gg * bound**2
-    scale = mobius_scale(-step, gg, r) * bound
-    a, b = mobius_add(pp, scale**2 * gg / bound**2, scale * pg, r)
+    scale = mobius_scale(-step, gg * bound**2, r) * bound
+    a, b = mobius_add(pp, scale**2 * gg, scale * pg, r)
     b = b * scale
-    new = (a * a * pp + 2 * a * b * pg + b * b * gg / bound**2).clamp(min=1e-300)
+    new = (a * a * pp + 2 * a * b * pg + b * b * gg).clamp(min=1e-300)
     shrink = (edge / new).sqrt().clamp(max=1.0)
     return a * shrink, b * shrink

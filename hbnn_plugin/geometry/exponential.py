@@ -1,7 +1,7 @@
 r"""The exponential parametrization cluster (EPC, [HBNN] Eq. 6) on weight tensors: x = exp_p(v), and its inverse.
 
 ``geometry/ball.py`` and ``geometry/sphere.py`` reduce the map to x = αp + βv with one α and one β a point. What
-is left are passes over the weights (``geometry/passes.py``), and this file is about making few of them:
+is left are few passes over the weights (``geometry/passes.py``):
 
 * forward: three inner products, one combination.
 * backward, with a = ⟨G,p⟩ and b = ⟨G,v⟩ for G = ∂L/∂x:
@@ -14,164 +14,25 @@ plain torch ops, which those tools fuse themselves.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ball
 from .dtypes import scalar_dtype, working_dtype
-from .joint_passes import combine_each, inner_products, places_of_equals
-from .looking import may_look, traced
+from .joint_maps import GRAM, PRESCALE, RESULT, Map, Mapped, corrections, exp_maps, prescale, scalar_table
+from .looking import traced
 from .passes import Dims, combine, inner, largest
-from .scalars import Radius, Slopes, Space, scalar, side_by_side
+from .scalars import Radius, Space, scalar
 
-__all__ = [
-    "Map",
-    "Mapped",
-    "exp_map",
-    "exp_map_mapped",
-    "exp_maps",
-    "log_map",
-    "mobius_add",
-    "mobius_scale",
-    "pull_back",
-]
-
-
-class Map(NamedTuple):
-    """One tensor's map. ``point`` and ``latent`` are of one shape and one dtype, float32 or better."""
-
-    point: Tensor
-    latent: Tensor
-    radius: Radius
-    space: Space
-    dims: Dims
-
-    @property
-    def scalar_shape(self) -> tuple[int, ...]:
-        """Of what is one number a point: size 1 in ``dims``."""
-        covered = {d % self.latent.ndim for d in self.dims}
-        return tuple(1 if d in covered else n for d, n in enumerate(self.latent.shape))
-
-
-class Mapped(NamedTuple):
-    """A map's result and what its backward needs beside the vectors."""
-
-    weight: Tensor | None
-    """x, in memory of its own; None once somebody has it: the next gets another."""
-    scalars: Tensor
-    """(9, ...), size 1 in the map's dims: :func:`_table`, and v's taming."""
-    careful: bool
-    """Whether v has to be tamed."""
-
-
-_GRAM = ((0, 0), (1, 1), (0, 1))
-"""⟨p,p⟩, ⟨v,v⟩ and ⟨p,v⟩ of (p, v)."""
+__all__ = ["exp_map", "exp_map_mapped", "log_map", "mobius_add", "mobius_scale"]
 
 
 def _gram(p: Tensor, v: Tensor, dims: Dims) -> list[Tensor]:
-    """The same three, summed in float64, for tools that watch how they arise."""
+    """⟨p,p⟩, ⟨v,v⟩ and ⟨p,v⟩, summed in float64, for tools that watch how they arise."""
     vectors = [x.to(scalar_dtype(x.device)) for x in (p, v)]
-    return [inner(vectors[i], vectors[j], dims) for i, j in _GRAM]
-
-
-def _taming(size: Tensor) -> Tensor:
-    """A factor t ≤ 1 for a v whose largest coordinate has this size: less than 1 only where ‖v‖² overflows its dtype.
-
-    Such a v lies so deep in the map's saturation that EPC(v) and EPC(t·v) are equal to the last digit.
-    """
-    limit = 1e15 if size.dtype == torch.float32 else 1e100
-    return (limit / size).clamp(max=1.0)
-
-
-@torch.no_grad()
-def exp_maps(maps: Sequence[Map], out: Sequence[Tensor] | None = None) -> list[Mapped]:
-    """:func:`exp_map` of all maps together, in fresh memory or into ``out``, of the latents' shapes and dtypes.
-
-    For autograd to know of them, see :func:`exp_map_mapped`.
-    """
-    out = [torch.empty_like(m.latent) for m in maps] if out is None else out
-    made: dict[int, Mapped] = {}
-    for members in _alike(maps):
-        together, memory = [maps[i] for i in members], [out[i] for i in members]
-        scalars, careful, latents = _scalars(together, memory)
-        alpha, beta = scalars[_RESULT]
-        shapes = [m.scalar_shape for m in together]
-        vectors = [(v, m.point) for v, m in zip(latents, together)]
-        combine_each(torch.stack([beta, alpha]), vectors, shapes, memory)
-        parts = scalars.split([math.prod(shape) for shape in shapes], dim=1)
-        entries = zip(memory, (part.reshape(len(part), *shape) for part, shape in zip(parts, shapes)), careful)
-        made.update(zip(members, (Mapped(*entry) for entry in entries)))
-    return [made[i] for i in range(len(maps))]
-
-
-@torch.no_grad()
-def pull_back(maps: Sequence[Map], upstreams: Sequence[Tensor]) -> list[Tensor]:
-    """∂L/∂v of each map for ∂L/∂x, all maps together; nothing for autograd."""
-    pulled = [torch.empty_like(m.latent) for m in maps]
-    for members in _alike(maps):
-        together, memory = [maps[i] for i in members], [pulled[i] for i in members]
-        scalars, careful, latents = _scalars(together, memory)
-        vectors = [(v, upstreams[i], m.point) for v, i, m in zip(latents, members, together)]
-        scratch = [None if care else free for care, free in zip(careful, memory)]
-        b, a = inner_products(vectors, ((1, 0), (1, 2)), [m.dims for m in together], scratch=scratch)
-        _, own, cross = _slopes(scalars, a, b)
-        coefficients = scalars[_TAMING] * torch.stack([own, scalars[1], cross])
-        combine_each(coefficients, vectors, [m.scalar_shape for m in together], memory)
-    return pulled
-
-
-def _alike(maps: Sequence[Map]) -> list[list[int]]:
-    """The maps that share space, device and dtype."""
-    return places_of_equals((id(m.space), m.latent.device, m.latent.dtype) for m in maps)
-
-
-def _scalars(maps: Sequence[Map], memory: Sequence[Tensor]) -> tuple[Tensor, list[bool], list[Tensor]]:
-    """What the maps need beside their vectors, of the points side by side: (9, points), :func:`_table` and v's taming.
-
-    Also whose v has to be tamed, and all v, tamed in ``memory`` where they have to be.
-    """
-    space, shapes, dims = maps[0].space, [m.scalar_shape for m in maps], [m.dims for m in maps]
-    sizes = [math.prod(shape) for shape in shapes]
-    latents, device = [m.latent for m in maps], maps[0].latent.device
-    gram = torch.empty(3, sum(sizes), dtype=scalar_dtype(device), device=device)
-    radii = side_by_side([m.radius for m in maps], shapes, gram)
-    taming = torch.ones_like(gram[0])
-    hard = list(range(len(maps)))
-    if may_look(gram):  # for whom care is needed
-        gram = inner_products([(m.point, m.latent) for m in maps], _GRAM, dims, scratch=memory)
-        easy = (gram.abs() < 1e200).all(0) & ~space.delicate(gram[0], radii)
-        hard = [] if bool(easy.all()) else [i for i, part in enumerate(easy.split(sizes)) if not bool(part.all())]
-    if hard:
-        counts = [sizes[i] for i in hard]
-        tame = _taming(torch.cat([largest(latents[i], dims[i]).flatten() for i in hard]))
-        for i, t in zip(hard, tame.split(counts)):
-            latents[i] = torch.mul(latents[i], t.reshape(shapes[i]), out=memory[i])
-        exact = inner_products([(maps[i].point, latents[i]) for i in hard], _GRAM, [dims[i] for i in hard], exact=True)
-        grams, tamings = list(gram.split(sizes, dim=1)), list(taming.split(sizes))
-        for i, part, t in zip(hard, exact.split(counts, dim=1), tame.to(taming.dtype).split(counts)):
-            grams[i], tamings[i] = part, t
-        gram, taming = torch.cat(grams, dim=1), torch.cat(tamings)
-    pp, vv, pv = gram
-    scalars = torch.cat([_table(space.exp_slopes(pp, vv, pv, radii)), taming[None]])
-    return scalars, [i in hard for i in range(len(maps))], latents
-
-
-_RESULT, _BY_A, _BY_B, _TAMING = slice(0, 2), slice(2, 5), slice(5, 8), 8
-"""Places among the scalars."""
-
-
-def _table(k: Slopes) -> Tensor:
-    """α and β; then what a = ⟨G,p⟩, and what b = ⟨G,v⟩, adds to three coefficients: see :func:`_slopes`."""
-    return torch.stack([k.alpha, k.beta, 2 * k.alpha_p, 2 * k.alpha_v, k.alpha_q, 2 * k.beta_p, 2 * k.beta_v, k.beta_q])
-
-
-def _slopes(table: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The coefficients of p in ∂L/∂p, of v in ∂L/∂v, and of the other vector in both."""
-    return torch.addcmul(a * table[_BY_A], b, table[_BY_B])
+    return [inner(vectors[i], vectors[j], dims) for i, j in GRAM]
 
 
 class _Exp(torch.autograd.Function):
@@ -189,15 +50,16 @@ class _Exp(torch.autograd.Function):
         if mapped is None:
             return exp_maps([Map(p, v, r, space, dims)])[0]
         if mapped.weight is None:
-            tame = v * mapped.scalars[_TAMING].to(v.dtype) if mapped.careful else v
-            alpha, beta = mapped.scalars[_RESULT]
-            return mapped._replace(weight=combine((beta, alpha), (tame, p)))
+            if mapped.prescaled:
+                v = v * mapped.scalars[PRESCALE].to(v.dtype)
+            alpha, beta = mapped.scalars[RESULT]
+            return mapped._replace(weight=combine((beta, alpha), (v, p)))
         return mapped
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Mapped) -> None:
         p, v, _, ctx.r, ctx.space, ctx.dims = inputs
-        _, scalars, ctx.careful = output
+        _, scalars, ctx.prescaled = output
         ctx.mark_non_differentiable(scalars)
         ctx.set_materialize_grads(False)  # no zeros for them
         ctx.save_for_backward(p, v, scalars)
@@ -207,21 +69,21 @@ class _Exp(torch.autograd.Function):
         if grad is None:
             return (None,) * 6
         p, v, scalars = ctx.saved_tensors
-        dims, table, taming = ctx.dims, scalars, scalars[_TAMING]
-        if ctx.careful:
-            v = v * taming.to(v.dtype)
+        dims, table, scale = ctx.dims, scalars, scalars[PRESCALE]
+        if ctx.prescaled:
+            v = v * scale.to(v.dtype)
         spare = None
         if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see how the scalars arise
-            table = _table(ctx.space.exp_slopes(*_gram(p, v, dims), ctx.r))
+            table = scalar_table(ctx.space.exp_slopes(*_gram(p, v, dims), ctx.r))
         elif not torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched cannot write into memory
             spare = torch.empty_like(v)  # becomes a gradient in the end
         a, b = inner(grad, p, dims, scratch=spare), inner(grad, v, dims, scratch=spare)
-        own_p, own_v, cross = _slopes(table, a, b)
+        own_p, own_v, cross = corrections(table, a, b)
         grad_p = grad_v = None
         if ctx.needs_input_grad[1]:
             coefficients = torch.stack([table[1], own_v, cross])
-            if ctx.careful:
-                coefficients = coefficients * taming
+            if ctx.prescaled:
+                coefficients = coefficients * scale
             grad_v, spare = combine(coefficients.to(v.dtype).unbind(), (grad, v, p), out=spare), None
         if ctx.needs_input_grad[0]:
             grad_p = combine((table[0], own_p, cross), (grad, p, v), out=spare)
@@ -245,7 +107,7 @@ class _Exp(torch.autograd.Function):
 
 def _exp_plain(p: Tensor, v: Tensor, r: Radius, space: Space, dims: Dims) -> Tensor:
     """The same map in plain torch ops, for tools that trace, and for a gradient to the radius."""
-    v = v * _taming(largest(v.detach(), dims))
+    v = v * prescale(largest(v.detach(), dims))
     pp, vv, pv = _gram(p, v, dims)  # float64 costs nothing where the compiler fuses it
     alpha, beta, *_ = space.exp_slopes(pp, vv, pv, r)
     return combine((alpha, beta), (p, v))

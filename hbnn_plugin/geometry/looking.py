@@ -1,13 +1,18 @@
-"""When values may be looked at, and what is told from them."""
+"""When values may be looked at, and what is told from them; and when a compiler looks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .dtypes import scalar_dtype
 
-__all__ = ["checksum", "may_look", "recorded", "traced"]
+__all__ = ["checksum", "may_look", "not_compiled", "recorded", "traced"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def may_look(x: Tensor) -> bool:
@@ -23,6 +28,12 @@ def checksum(x: Tensor) -> float:
 def traced() -> bool:
     """Whether torch.compile, torch.export or torch.jit.trace is looking: then plain operations, and nothing kept."""
     return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
+
+
+def not_compiled(function: F) -> F:
+    """Bookkeeping inside what may be compiled, such as an optimizer's step: a compiler would guard on every count."""
+    eager: F = torch.compiler.disable(function)
+    return eager
 
 
 def recorded() -> bool:

@@ -1,4 +1,4 @@
-"""Types that the spaces' formulas share: everything in them is one number a point."""
+"""What is one number a point: the types that the spaces' formulas share, and several layers' points side by side."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["PointGradient", "Radius", "Slopes", "Space", "side_by_side"]
+__all__ = ["PointGradient", "Radius", "Slopes", "Space", "scalar", "side_by_side"]
 
 Radius = float | Tensor
 """The radius r: one for the layer, or one a point, broadcastable against the inner products."""
@@ -50,15 +50,15 @@ class PointGradient(NamedTuple):
     """∂L/∂p."""
     upstream: Tensor
     """G = ∂L/∂x."""
-    squeeze: Tensor
-    """(points,) how much smaller h is than it would be for the identity map in its most squeezed direction."""
+    relative_slope: Tensor
+    """(points,) how much the map squeezes h: its slope in the worst direction, in the ball by that across v."""
 
 
 class Space(Protocol):
     """What ``geometry/ball.py`` and ``geometry/sphere.py`` provide, as modules of formulas."""
 
     def exp_slopes(self, pp: Tensor, vv: Tensor, pv: Tensor, r: Radius) -> Slopes: ...
-    def delicate(self, pp: Tensor, r: Radius) -> Tensor: ...
+    def needs_exact_products(self, pp: Tensor, r: Radius) -> Tensor: ...
     def log(
         self, pp: Tensor, xx: Tensor, px: Tensor, dd: Tensor, ss: Tensor, r: Radius
     ) -> tuple[Tensor, Tensor, Tensor]: ...

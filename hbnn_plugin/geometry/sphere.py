@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .scalars import PointGradient, Radius, Slopes
 
-__all__ = ["delicate", "exp_slopes", "log", "point_gradient", "point_step"]
+__all__ = ["exp_slopes", "log", "needs_exact_products", "point_gradient", "point_step"]
 
 _SERIES_BELOW = 1e-3  # of y = t², as in the ball
 
@@ -79,7 +79,7 @@ def log(pp: Tensor, xx: Tensor, px: Tensor, dd: Tensor, ss: Tensor, r: Radius) -
     )
 
 
-def delicate(pp: Tensor, r: Radius) -> Tensor:
+def needs_exact_products(pp: Tensor, r: Radius) -> Tensor:
     """Whether a point's inner products are wanted in float64: nothing nearly cancels on the sphere."""
     return torch.zeros_like(pp, dtype=torch.bool)
 
@@ -111,7 +111,7 @@ def point_gradient(gram: Tensor, r: Radius) -> PointGradient:
     gradient[1] += a * k.alpha_q + b * k.beta_q
     # tangential part: subtract r⟨g, p⟩ p
     gradient[0] -= r * (gradient[0] * pp + gradient[1] * pv + gradient[2] * hp)
-    return PointGradient(gradient, upstream, squeeze=s.abs())
+    return PointGradient(gradient, upstream, relative_slope=s.abs())
 
 
 def point_step(pp: Tensor, pg: Tensor, gg: Tensor, step: Tensor, r: Radius) -> tuple[Tensor, Tensor]:

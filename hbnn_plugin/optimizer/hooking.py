@@ -1,9 +1,9 @@
 """When points step: whenever a torch optimizer that holds their latents does.
 
-torch calls global hooks before every ``Optimizer.step``. The first time they see an optimizer's class, its step is
-framed: as the frame opens, inside all hooks, the points' gradients are gathered; as the step has succeeded, the points
-move; as it closes, also after an error, latents leave the hosts' weights (in-place mode). A step that raises, or that
-GradScaler skips, moves nothing.
+torch calls global hooks before every ``Optimizer.step``. When an optimizer that holds a latent first steps, its class's
+step is framed: as the frame opens, inside all hooks, the points' gradients are gathered; as the step has succeeded, the
+points move; as it closes, also after an error, latents leave the hosts' weights (in-place mode). A step that raises, or
+that GradScaler skips, moves nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..cluster.inplace import InPlace
+from ..geometry.looking import not_compiled
 from .open_steps import begin, end, end_inside, open_step
 from .stepping import PointStep
 
@@ -36,7 +37,7 @@ def _begin(optimizer: Optimizer, closure: object) -> PointStep | None:
     if not (step.clusters or step.swaps):
         return None
     begin(step)
-    _frame(type(optimizer))
+    step.framed = _frame(type(optimizer))
     return step
 
 
@@ -47,9 +48,8 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     if getattr(closure, "points_of", None) is optimizer:  # super().step(closure)
         return None
     step = _begin(optimizer, closure)
-    if step is None or step.swaps:
+    if step is None or step.swaps or step.framed:  # the frame gathers, after all hooks; but it may be hidden
         return None
-    # The frame does the same, and once more where the gradients have changed by then; but it may be hidden.
     if closure is None:
         step.gather()
         return None
@@ -75,7 +75,7 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if step is None or step.frames:
         return
     end(step)
-    if step.swaps and not step.framed:
+    if step.swaps and not step.opened:
         raise RuntimeError(
             f"{step.swaps[0].name} is in in-place mode, and this step has trained the bare host: "
             f"{type(optimizer).__name__}.step has been replaced by a function that hides torch's own. Decorate it with "
@@ -97,14 +97,17 @@ def _cell_of_step() -> tuple[CodeType, int]:
 _WRAPPER, _CELL = _cell_of_step()
 
 
-def _frame(optimizer_class: type[Optimizer]) -> None:
+def _frame(optimizer_class: type[Optimizer]) -> bool:
     """Frame the class's step, in the closure cell from which torch's wrapper takes it, and that of its bases.
+
+    Returns whether the frame will open in a step that is about to begin, as far as the class tells.
 
     torch's hooks cannot do this: none runs after a step, or another hook, that raises; and other hooks, or a subclass's
     ``step`` before it calls ``super().step()``, may still clip the gradients after the global ones. The wrapper looks
     into the cell after the hooks that run before a step, so that this holds for the step in progress too, and for every
     reference to the wrapper that somebody (a scheduler) has taken.
     """
+    found: list[bool] = []
     for cls in optimizer_class.__mro__:
         step = cls.__dict__.get("step")
         if step is None or cls is Optimizer or not issubclass(cls, Optimizer):
@@ -119,6 +122,8 @@ def _frame(optimizer_class: type[Optimizer]) -> None:
         elif isinstance(step, FunctionType) and not hasattr(step, "frames_points"):
             # torch wraps it when one is built: until then it is a base, for super()
             cls.step = _framed(step)  # type: ignore[method-assign]
+        found.append(wrapper is not None)
+    return found[:1] == [True]
 
 
 def _framed(step_function: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,7 +135,7 @@ def _framed(step_function: Callable[..., Any]) -> Callable[..., Any]:
         if step is None:
             return step_function(optimizer, *args, **kwargs)
         args, kwargs = _wrapped(step, args, kwargs)
-        step.frames, step.framed = step.frames + 1, True
+        step.frames, step.opened = step.frames + 1, True
         try:
             closure = _closure_in(args, kwargs)
             step.enter(closure)
@@ -153,8 +158,8 @@ def _framed(step_function: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def install() -> None:
     """Register the global hooks, once a process; :func:`hbnn_plugin.apply` calls this."""
-    register_optimizer_step_pre_hook(torch.compiler.disable(_before))
-    register_optimizer_step_post_hook(torch.compiler.disable(_after))
+    register_optimizer_step_pre_hook(not_compiled(_before))
+    register_optimizer_step_post_hook(not_compiled(_after))
 
 
 InPlace.when_loaded = staticmethod(install)  # type: ignore[method-assign]

@@ -90,8 +90,8 @@ def root_mean_square(step: Move) -> Tensor:
     epc, group, valid = step.epc, step.group, step.found.valid
     beta = float(group["betas"][1] if "betas" in group else group.get("alpha", group.get("rho", ADAM_BETAS[1])))
     eps = group.get("eps", ADAM_EPS)
-    gg = step.found.products[2].reshape(epc.mean_square.shape)
-    now = (gg * (epc.points / epc.point.numel())).to(epc.mean_square.dtype)
+    gg = step.found.products[2].reshape(epc.scalar_shape)
+    now = (gg * (epc.point_count / epc.point.numel())).to(epc.mean_square.dtype)
     for mean, latest in ((epc.mean_square, now), (epc.squares_weight, torch.ones_like(now))):
         mean.copy_(torch.where(valid, mean.lerp(latest, 1 - beta), mean))
     root = (epc.mean_square / epc.squares_weight).sqrt() + (float(eps) if isinstance(eps, (int, float)) else ADAM_EPS)

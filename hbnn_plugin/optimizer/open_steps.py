@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-import torch
 from torch.optim import Optimizer
+
+from ..geometry.looking import not_compiled
 
 if TYPE_CHECKING:
     from .stepping import PointStep
 
-__all__ = ["begin", "end", "end_inside", "in_progress", "not_compiled", "open_step"]
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def not_compiled(function: F) -> F:
-    """An optimizer's step may be compiled; of its points' bookkeeping a compiler would guard on every count."""
-    eager: F = torch.compiler.disable(function)
-    return eager
+__all__ = ["begin", "end", "end_inside", "in_progress", "open_step"]
 
 
 class _Open(threading.local):

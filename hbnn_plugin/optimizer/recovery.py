@@ -57,7 +57,7 @@ def _products(gram: Tensor, coefficients: Tensor) -> Tensor:
 
 def radii_of(clusters: Sequence[EPC], like: Tensor) -> Radius:
     """The radii of the clusters' points side by side."""
-    return side_by_side([epc.radius for epc in clusters], [epc.mean_square.shape for epc in clusters], like)
+    return side_by_side([epc.radius for epc in clusters], [epc.scalar_shape for epc in clusters], like)
 
 
 @torch.no_grad()
@@ -105,12 +105,12 @@ def _recover_alike(
     gram = inner_products(vectors, _GRAM, [epc.dims for epc in clusters], scratch=memory)
     found = clusters[0].settings.geometry.point_gradient(gram, radii_of(clusters, gram))
     valid = found.gradient.isfinite().all(0) & found.upstream.isfinite().all(0) & gram[5].isfinite()
-    valid &= found.squeeze > _ROUNDINGS * torch.finfo(gradients[0].dtype).eps
+    valid &= found.relative_slope > _ROUNDINGS * torch.finfo(gradients[0].dtype).eps
     if found_inf is not None:
         valid = valid & (found_inf.to(gram.device) == 0)
     all_valid = may_look(valid) and bool(valid.all())
-    shapes = [epc.mean_square.shape for epc in clusters]
-    sizes = [epc.points for epc in clusters]
+    shapes = [epc.scalar_shape for epc in clusters]
+    sizes = [epc.point_count for epc in clusters]
 
     def combined(coefficients: Tensor, out: list[Tensor]) -> list[Tensor]:
         combine_each(coefficients, vectors, shapes, out)

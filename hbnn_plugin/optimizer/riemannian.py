@@ -76,7 +76,7 @@ def _riemannian_adam(epc: EPC, g: Tensor, lr: float | Tensor) -> None:
     beta1, beta2 = ADAM_BETAS
     on.momentum = beta1 * on.momentum + (1 - beta1) * on.gradient
     square = on.manifold.component_inner(on.point, on.gradient)
-    epc.mean_square.lerp_(square[:, :1].reshape(epc.mean_square.shape), 1 - beta2)
+    epc.mean_square.lerp_(square[:, :1].reshape(epc.scalar_shape), 1 - beta2)
     epc.squares_weight.lerp_(torch.ones_like(epc.squares_weight), 1 - beta2)
     denominator = (epc.mean_square / epc.squares_weight).reshape(-1, 1).sqrt().add(ADAM_EPS)
     on.follow(on.momentum / (1 - beta1 ** epc.steps.to(g.dtype)) / denominator, lr)

@@ -49,7 +49,7 @@ class _Direction(NamedTuple):
 def move(steps: Sequence[Move]) -> None:
     """Make the steps, in place."""
     for step in steps:
-        step.epc.moves += 1
+        step.epc.revision += 1
     for members in places_of_equals(_kind(step) for step in steps):
         together = [steps[i] for i in members]
         rule = together[0].epc.settings.rule
@@ -75,7 +75,7 @@ def _kind(step: Move) -> tuple[object, ...]:
 def _add(steps: Sequence[Move], directions: Sequence[_Direction]) -> None:
     """p ← (kept ⊗ p) ⊕ ((−η) ⊗ f·d), on the sphere along the geodesic; the scalars of all clusters together."""
     clusters = [step.epc for step in steps]
-    shapes = [epc.mean_square.shape for epc in clusters]
+    shapes = [epc.scalar_shape for epc in clusters]
     pp, pd, dd = _products(steps, directions)
 
     def each_point(values: Iterable[float | Tensor]) -> Tensor:
@@ -160,6 +160,6 @@ def _accumulate(steps: Sequence[Move]) -> list[Tensor]:
     valid = torch.cat([step.found.valid.flatten() for step in steps])
     kept = torch.ones_like(valid, dtype=gradients[0].dtype).masked_fill_(valid, mu)  # an unknown gradient reads 0
     shapes = [step.found.valid.shape for step in steps]
-    for m, g, part, shape in zip(momenta, gradients, kept.split([step.epc.points for step in steps]), shapes):
+    for m, g, part, shape in zip(momenta, gradients, kept.split([step.epc.point_count for step in steps]), shapes):
         torch.addcmul(g, m, part.reshape(shape), out=m)
     return momenta

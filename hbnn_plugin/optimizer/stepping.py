@@ -7,7 +7,7 @@ in between, to what it would be at the points' new places (Algorithm 1 of [HBNN]
 * A closure is wrapped: its first evaluation gives the gradients.
 * Of nested steps (SAM, ZeroRedundancyOptimizer, a subclass that calls ``super().step()``) the innermost moves the
   point, once, at its own learning rate.
-* In in-place mode (``cluster/inplace.py``) latents are in the hosts' weights meanwhile; a closure sees the mapped
+* In in-place mode (``cluster/swapping.py``) latents are in the hosts' weights meanwhile; a closure sees the mapped
   weights.
 """
 
@@ -23,11 +23,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..cluster.epc import EPC, alive
-from ..cluster.inplace import InPlace, enter, leave
-from ..geometry.exponential import pull_back
+from ..cluster.inplace import InPlace
+from ..cluster.swapping import enter, leave
+from ..geometry.joint_maps import pull_back
+from ..geometry.looking import not_compiled
 from ..host.sharding import sharded_like, whole
 from .moves import Move, check_point_lr, point_rate
-from .open_steps import in_progress, not_compiled
+from .open_steps import in_progress
 from .recovery import Recovered, recover
 from .rules import move
 
@@ -74,20 +76,20 @@ class _Pending:
     gradient: Tensor
     """The latent's gradient that it came from, and its version then."""
     version: int
-    moves_then: int
-    landing: list[Tensor] | None = None
+    revision_then: int
+    state_after: list[Tensor] | None = None
     """Under ``"alternating"`` the point's state after the move: ``gradient`` is rewritten to be right there."""
 
     def comes_from(self, gradient: Tensor) -> bool:
         return self.gradient is gradient and self.version == gradient._version
 
-    def land(self) -> Move | None:
+    def due_move(self) -> Move | None:
         """Let the point arrive where it is known to, unless somebody has moved it since; else the move to be made."""
-        if self.epc.moves != self.moves_then:
+        if self.epc.revision != self.revision_then:
             return None
-        if self.landing is not None:
-            self.epc.moves += 1
-            _restore(self.epc, self.landing)
+        if self.state_after is not None:
+            self.epc.revision += 1
+            _restore(self.epc, self.state_after)
             return None
         if self.group.get("lr") is None:  # a wrapper may have none, if the optimizer inside has one
             raise RuntimeError(
@@ -109,7 +111,8 @@ class PointStep:
         self.clusters = [(epc, group) for epc, group in held if epc.settings.rule != "fixed"]
         self.swaps = self._left_outside([epc for epc, _ in held if isinstance(epc, InPlace)])
         self.frames = 0  # of this optimizer's step in progress: more than one inside super().step()
-        self.framed = False  # whether one has been opened
+        self.framed = False  # whether one is going to open
+        self.opened = False  # whether one has
         self.pending: dict[int, _Pending] = {}
 
     @property
@@ -185,13 +188,13 @@ class PointStep:
             upstream=any(epc.settings.order == "alternating" for epc, _, _ in due),
         )
         for (epc, gradient, group), found in zip(due, recovered):
-            pending = _Pending(epc, found, group, gradient, gradient._version, epc.moves)
+            pending = _Pending(epc, found, group, gradient, gradient._version, epc.revision)
             if epc.settings.order == "alternating":
                 before = _state(epc)
                 _make([pending])
                 _rewrite(gradient, epc, found)
-                pending.landing, pending.version = _state(epc), gradient._version
-                pending.moves_then = epc.moves
+                pending.state_after, pending.version = _state(epc), gradient._version
+                pending.revision_then = epc.revision
                 _restore(epc, before)
             self.pending[id(epc)] = pending
 
@@ -202,8 +205,8 @@ class PointStep:
                 pending.group = group
                 self.pending[id(epc)] = pending
                 return True
-            if pending is not None and pending.gradient is gradient and pending.landing is not None:
-                _bring_back(pending, pending.landing)
+            if pending is not None and pending.gradient is gradient and pending.state_after is not None:
+                _bring_back(pending, pending.state_after)
         return False
 
     def holds_all(self) -> bool:
@@ -221,7 +224,7 @@ class PointStep:
 
 
 def _make(moves: Iterable[_Pending]) -> None:
-    move([due for pending in moves if (due := pending.land()) is not None])
+    move([due for pending in moves if (due := pending.due_move()) is not None])
 
 
 def _moving(epc: EPC) -> list[Tensor]:
@@ -251,10 +254,10 @@ def _rewrite(gradient: Tensor, epc: EPC, found: Recovered) -> None:
     gradient.copy_(sharded_like(kept, gradient))
 
 
-def _bring_back(pending: _Pending, landing: list[Tensor]) -> None:
+def _bring_back(pending: _Pending, state_after: list[Tensor]) -> None:
     """Undo :func:`_rewrite` in a gradient that somebody has changed since, such as clipped."""
     epc, here = pending.epc, _state(pending.epc)
-    _restore(epc, landing)
+    _restore(epc, state_after)
     (found,) = recover([epc], [pending.gradient], upstream=True)
     _restore(epc, here)
     _rewrite(pending.gradient, epc, found)

@@ -170,13 +170,13 @@ def apply(
     outside: dict[str, int] = {}
     for key, s in zip(keys, made.layers):
         if key in epcs:
-            epcs[key].layers += 1
+            epcs[key].tied_layers += 1
         else:
             epc = make(s.weight, made.settings, shape=s.shape, unit_dims=s.unit_dims, name=s.label)
             epc.flip_reference = pack_bits(binary_bits(s.weight, convolved[s.label], s.shape, s.unit_dims))
             outside[s.label] = epc.latent_of(s.weight)[1]
             epcs[key] = epc
-    # From here on nothing can fail.
+    # All that can be checked has been.
     for key, s in zip(keys, made.layers):
         epcs[key].attach(s.module, s.tensor_name)
     install_hooks(model, [s.module for s in made.layers])

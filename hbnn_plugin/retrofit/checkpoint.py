@@ -25,6 +25,7 @@ __all__ = [
     "described",
     "holds_clusters",
     "is_cluster_key",
+    "latent_keys",
     "layer_of",
     "mapped",
     "places",
@@ -43,6 +44,12 @@ _LATENT_KEY = re.compile(r"^(?P<prefix>(?:.*\.)?)parametrizations\.(?P<tensor>[^
 def places(prefix: str, tensor_name: str) -> tuple[str, str]:
     """What the keys of a layer's cluster begin with: under a parametrization, and in in-place mode."""
     return f"{prefix}parametrizations.{tensor_name}.0.", f"{prefix}{tensor_name}{INPLACE_SUFFIX}."
+
+
+def latent_keys(prefix: str, tensor_name: str) -> tuple[str, str]:
+    """A layer's latent's key: under a parametrization, and in in-place mode."""
+    listed, beside = places(prefix, tensor_name)
+    return f"{listed.removesuffix('0.')}original", f"{beside}latent"
 
 
 def layer_of(place: str) -> str:

@@ -43,7 +43,7 @@ def fuse(model: M) -> M:
         bad = int((~getattr(module, tensor_name).isfinite()).sum())
         if bad:
             raise ValueError(f"{name}: its weight holds {bad} non-finite value(s); nothing was fused")
-        if sum(other is epc for _, _, other in layers.values()) < epc.layers:
+        if sum(other is epc for _, _, other in layers.values()) < epc.tied_layers:
             raise ValueError(f"{name}: its weight is tied to a layer outside of this model; fuse the whole model")
     places: dict[EPC, list[tuple[nn.Module, str]]] = {}
     for module, tensor_name, epc in layers.values():

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..cluster.epc import EPC, find
 from ..cluster.inplace import InPlace, edited
-from ..cluster.parametrization import Parametrized
 from ..cluster.reference import set_reference
-from .checkpoint import GEOMETRY, described, is_cluster_key, layer_of, mapped, places
+from ..geometry.dtypes import working_dtype
+from .checkpoint import GEOMETRY, described, is_cluster_key, latent_keys, layer_of, mapped, places
 
 __all__ = ["install_hooks", "remove_hooks"]
 
@@ -70,7 +70,7 @@ def _refuse_misfits(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
 
 def _differences(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: str, applied: bool) -> Iterator[str]:
     """What keeps a checkpoint (an applied model's or not) from one layer's cluster."""
-    listed, original = places(prefix, tensor_name)[0], f"{prefix}parametrizations.{tensor_name}.original"
+    listed, original = places(prefix, tensor_name)[0], latent_keys(prefix, tensor_name)[0]
     if isinstance(epc, InPlace) and original in state_dict:
         missing = [key for key in (f"{listed}_extra_state", f"{listed}point") if key not in state_dict]
         if missing:
@@ -107,14 +107,14 @@ def _differences(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name:
 def _accept(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     for tensor_name, epc in find(module).items():
         _translate(epc, state_dict, prefix, tensor_name)
-        _fit_momentum(epc, state_dict, prefix, tensor_name)
+        _fit_buffers(epc, state_dict, prefix, tensor_name)
         _adopt(epc, state_dict, prefix, tensor_name)
 
 
 def _translate(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
     """Give a cluster of the other mode the keys of this one."""
     listed, beside = places(prefix, tensor_name)
-    original, latent = f"{prefix}parametrizations.{tensor_name}.original", f"{beside}latent"
+    original, latent = latent_keys(prefix, tensor_name)
     if isinstance(epc, InPlace) and original in state_dict:
         state_dict[prefix + tensor_name] = mapped(state_dict[original], state_dict, listed)
         state_dict[latent] = state_dict.pop(original)
@@ -130,37 +130,46 @@ def _translate(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: s
         state_dict[new + key.removeprefix(old)] = state_dict.pop(key)
 
 
-def _fit_momentum(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
-    """Of a checkpoint with other settings what is not used goes, and what is not there is 0.
+def _fit_buffers(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
+    """Of a checkpoint in half precision the points become float32 (``assign=True`` would take them as they are).
 
-    Every rule has a momentum of its own meaning, and size.
+    Of one with other settings a momentum that is not used goes, and one that is not there is 0: every rule has its own
+    meaning, and size, of it.
     """
-    for place in places(prefix, tensor_name):
-        theirs = described(state_dict.get(f"{place}_extra_state"))
-        other_rule = theirs is not None and theirs.get("rule") != epc.settings.rule
-        if theirs is None or not (other_rule or theirs.get("point_momentum") != epc.settings.point_momentum):
-            continue
-        if other_rule or epc.momentum is None:
-            state_dict.pop(f"{place}momentum", None)
-        if epc.momentum is not None and f"{place}point" in state_dict:
-            state_dict.setdefault(f"{place}momentum", torch.zeros_like(state_dict[f"{place}point"]))
+    place = places(prefix, tensor_name)[isinstance(epc, InPlace)]
+    latent = latent_keys(prefix, tensor_name)[isinstance(epc, InPlace)]
+    for key, value in state_dict.items():
+        if key.startswith(place) and key != latent and value.is_floating_point():
+            state_dict[key] = value.to(working_dtype(value.dtype))
+    theirs = described(state_dict.get(f"{place}_extra_state"))
+    if theirs is None:
+        return
+    other_rule = theirs.get("rule") != epc.settings.rule
+    if other_rule or epc.momentum is None:
+        state_dict.pop(f"{place}momentum", None)
+    other = other_rule or theirs.get("point_momentum") != epc.settings.point_momentum
+    if other and epc.momentum is not None and f"{place}point" in state_dict:
+        state_dict.setdefault(f"{place}momentum", torch.zeros_like(state_dict[f"{place}point"]))
 
 
 def _adopt(epc: EPC, state_dict: dict[str, Any], prefix: str, tensor_name: str) -> None:
     """Let a plain weight, if there is one, load as if apply had been called on a model that held it."""
-    listed, beside = places(prefix, tensor_name)
-    original = f"{prefix}parametrizations.{tensor_name}.original"
+    place = places(prefix, tensor_name)[isinstance(epc, InPlace)]
+    latent_key = latent_keys(prefix, tensor_name)[isinstance(epc, InPlace)]
     weight = state_dict.get(prefix + tensor_name)
-    there = (f"{beside}latent" if isinstance(epc, InPlace) else original) in state_dict
-    if weight is None or there or weight.shape != epc.parameter.shape:
+    if weight is None or latent_key in state_dict or weight.shape != epc.parameter.shape:
         return
     weight = weight.detach().to(epc.parameter.dtype)
     fresh = type(epc)(weight, epc.settings, shape=epc.shape, unit_dims=epc.unit_dims, name=epc.name)
-    if isinstance(fresh, Parametrized):
+    latent, outside = fresh.latent_of(weight)
+    if outside and epc.settings.space == "ball":
+        fresh.warn_of_lengths(outside)
+    state_dict.update(fresh.state_dict(prefix=place))
+    state_dict[latent_key] = latent
+    if isinstance(epc, InPlace):
+        state_dict[prefix + tensor_name] = fresh.weight_of(latent)
+    else:
         del state_dict[prefix + tensor_name]
-        on_ball = epc.settings.space == "ball"  # where a length that cannot be kept is worth a warning
-        state_dict[original] = fresh.right_inverse(weight) if on_ball else fresh.latent_of(weight)[0]
-    state_dict.update(fresh.state_dict(prefix=listed if isinstance(fresh, Parametrized) else beside))
     epc.reference_is_stale = True
 
 

@@ -10,6 +10,7 @@ from typing import get_args
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..cluster.epc import alive, find
 from ..cluster.settings import Mode, Settings
@@ -84,6 +85,8 @@ def make_plan(
             frozen.append(name or own_class(module).__name__)
             continue
         problem = _no_weight(module) if selected is None else _problem(selected, settings)
+        if problem is None and mode == "parametrize":
+            problem = _no_subclass(own_class(module))
         if problem is not None:
             cls = own_class(module).__name__
             problems.append(f"{name or cls} ({cls}): {problem}")
@@ -145,6 +148,15 @@ def _no_weight(module: nn.Module) -> str:
     return "it has no single weight of two dimensions or more"
 
 
+def _no_subclass(cls: type) -> str | None:
+    """What happens as torch's parametrizations make a subclass of a layer's class, if that is an error."""
+    try:
+        type(cls.__name__, (cls,), {})
+    except Exception as error:
+        return f"its class refuses to be subclassed, as a parametrization does ({error}); apply with mode='inplace'"
+    return None
+
+
 def _broken_ties(model: nn.Module, layers: list[Selected]) -> list[str]:
     """Selected weights that another layer uses too: under a parametrization it would take the latent for a weight."""
     chosen = {(id(s.module), s.tensor_name) for s in layers}
@@ -153,7 +165,9 @@ def _broken_ties(model: nn.Module, layers: list[Selected]) -> list[str]:
         f"{by_weight[id(parameter)].label} has its weight tied to {name}.{tensor_name}, which is not selected"
         for name, module in model.named_modules()
         for tensor_name, parameter in module._parameters.items()
-        if id(parameter) in by_weight and (id(module), tensor_name) not in chosen and not _is_latent_list(module)
+        if id(parameter) in by_weight
+        and (id(module), tensor_name) not in chosen
+        and not isinstance(module, ParametrizationList)
     ]
 
 
@@ -169,10 +183,6 @@ def _applied_before(layers: list[Selected]) -> list[str]:
 
 def _by_weight(layers: list[Selected]) -> dict[int, Selected]:
     return {id(s.weight): s for s in layers if s.tensor_name in s.module._parameters}
-
-
-def _is_latent_list(module: nn.Module) -> bool:
-    return type(module).__name__ == "ParametrizationList"
 
 
 def _problem(selected: Selected, settings: Settings) -> str | None:
