@@ -49,6 +49,9 @@ class Recipe:
     seed: int = 0
     optimizer: Literal["sgd", "muon"] = "sgd"
     """Of the binary layers' weights; everything else trains by SGD."""
+    muon_rate: float = 0.15
+    """With Muon their rate is ``muon_rate * lr**muon_power``, as that of spectral points is by default."""
+    muon_power: float = 0.75
 
     def learning_rate(self, epoch: int) -> float:
         """Cosine from ``lr`` towards zero, constant within an epoch."""
@@ -79,7 +82,7 @@ def make_optimizer(model: nn.Module, host: Host, recipe: Recipe) -> torch.optim.
         {"params": [p for p in model.parameters() if id(p) in apart], "weight_decay": 0.0},
     ]
     if muon:
-        groups[1] |= {"momentum": 0.0, "orthogonal": True}
+        groups[1] |= {"momentum": 0.0, "muon": (recipe.muon_rate, recipe.muon_power)}
     make = Muon if muon else torch.optim.SGD
     return make([g for g in groups if g["params"]], lr=recipe.lr, momentum=recipe.momentum)
 

@@ -60,7 +60,6 @@ _APPLIED: dict[str, Options] = {
     "SBNN": _SPHERE,
     "HBNN": _LITERAL,
     "HBNN, spectral, √lr": _ROOT,
-    "Euclidean, spectral, √lr": {**_ROOT, "radius": _FLAT},
     "HBNN, spectral": _DEFAULT,
     "Euclidean, spectral": {**_DEFAULT, "radius": _FLAT},
     **_OPEN,
@@ -77,8 +76,8 @@ ARMS: dict[str, Arm] = {
 "Euclidean" is x = v + p, the point as a second copy of the weights without curvature. "spectral" goes beyond the paper
 and is the library's default; "√lr" was the default before, with points whose rate goes with the root of the learning
 rate; the new one's power was chosen by two more runs a host at the old one's tuned learning rate and decay (arms "p =
-1" and "p = 3/4" among the lines). "bare, Muon" is the control of "√lr": the same directions, momentum, rate and decay
-on the host's own weights.
+1" and "p = 3/4" among the lines). "bare, Muon" is the control of the default: the same directions, momentum, rate and
+decay (0.02, whatever the weight decay of all else) on the host's own weights.
 """
 
 SEARCHED = (
