@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             world.close()
             if surfaces and world.rank == 0:
                 run_surfaces(study, Lines(ledger.read(path)), args.data, surfaces, args.runs)
+    except BrokenProcessPool:
+        sys.exit(
+            "reproduce.py: one of the processes that train was killed, perhaps for want of memory. Repeat the command, "
+            "with --jobs 1 if need be: runs continue from their checkpoints"
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"reproduce.py: {error}")
 

@@ -1,4 +1,4 @@
-"""Can the tests of the map and of the hosts fail? Break a copy of each in several ways and see that they do.
+"""Can the tests of the map, of the hosts and of the study fail? Break a copy of each in several ways and see that they do.
 
 python tests/mutate.py
 """
@@ -42,9 +42,33 @@ HOSTS = [
     ("common.py", ".mul_(-2).add_(2)", ".neg_().add_(2)", "QuadraticSign: 2 - |x|"),
 ]
 
+STUDY = [
+    ("reproduction/runs.py", "hbnn_plugin.apply(model, **run.options)", "hbnn_plugin.apply(model)", "arms alike"),
+    ("reproduction/runs.py", "manual_seed(run.recipe.seed)", "manual_seed(len(run.arm))", "unpaired starts"),
+    ("reproduction/runs.py", "return train.split(VALIDATION)", "return train, train.split(VALIDATION)[1]", "held in"),
+    ("reproduction/runs.py", "max(layer.reach", "min(layer.reach", "the nearest point for the furthest"),
+    ("reproduction/tables.py", "line['train_loss'][-1]", "line['train_loss'][0]", "the first epoch's loss"),
+    ("reproduction/tables.py", "ratios[-max(1, len(ratios) // 4) :]", "ratios[:1]", "the first epoch's oscillation"),
+    ("reproduction/tables.py", "_STEADIER = 5", "_STEADIER = 1", "the second reading is the first"),
+    ("reproduction/plots.py", "[found.low, found.high]", "[found.mean, found.high]", "half an interval"),
+    ("training.py", "host.set_progress(model, progress.epoch / recipe.epochs)", "pass", "hosts' schedules stand still"),
+    (
+        "training.py",
+        "return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))",
+        "return self.lr",
+        "no cosine",
+    ),
+    ("images.py", "columns = torch.where(mirrored[:, None], width - 1 - columns, columns)", "pass", "no mirroring"),
+    ("flips.py", "(changes > 1)", "(changes > 0)", "every flip an oscillation"),
+    ("hosts/__init__.py", "siman.set_progress, decays_latent=False", "siman.set_progress, decays_latent=True", "SiMaN"),
+]
+
+STUDY_TESTS = ("tests/test_study_runs.py", "tests/test_reproduction_reports.py", "tests/test_training.py")
+
 SUITES = [
     ("hbnn_plugin", MAP, ("tests/test_map.py", "tests/test_map_torch.py")),
     ("examples/hosts", HOSTS, ("tests/test_example_hosts.py",)),
+    ("examples", STUDY, (*STUDY_TESTS, "tests/test_image_sets.py")),
 ]
 
 

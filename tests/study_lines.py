@@ -19,15 +19,18 @@ LAYERS = ("stages.0.0.conv1", "stages.1.0.conv1")
 
 
 def line(run: Run, accuracy: float) -> dict[str, Any]:
-    """As `reproduction.runs.execute` writes it, with the accuracy rising to the one given."""
+    """As `reproduction.runs.execute` writes it, with the accuracy rising to the one given, no epoch like another."""
     epochs = run.recipe.epochs
     return {
         "config": json.loads(json.dumps(run.config)),
         "accuracy": [accuracy * (epoch + 1) / epochs for epoch in range(epochs)],
-        "train_loss": [2.0] * epochs,
-        "flip_ratio": [0.3] * epochs,
-        "flip_ratios": {layer: [0.3] * epochs for layer in LAYERS},
-        "oscillation": [0.1] * epochs,
+        "train_loss": [2.0 - 0.01 * (epoch + 1) for epoch in range(epochs)],
+        "flip_ratio": [0.01 * (epoch + 1) for epoch in range(epochs)],
+        "flip_ratios": {
+            layer: [0.01 * (epoch + 1) + 0.1 * place for epoch in range(epochs)] for place, layer in enumerate(LAYERS)
+        },
+        "oscillation": [0.1 / (epoch + 1) for epoch in range(epochs)],
+        **({"reach": 0.25} if run.options else {}),
     }
 
 

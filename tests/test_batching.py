@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import hbnn_plugin
 from hbnn_plugin.cluster.epc import find
 from hbnn_plugin.cluster.parametrization import Parametrized
+from hbnn_plugin.geometry import joint_maps
 from tiny_hosts import BINARY_LAYERS, SmoothConv, tiny_net
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*two-valued")
@@ -73,11 +74,9 @@ def test_what_a_forward_writes_into_its_parameters_counts() -> None:
 
 
 def test_a_forward_maps_every_layer_once_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hbnn_plugin.geometry import exponential  # noqa: PLC0415
-
     net, batches = applied(), []
-    original = exponential._scalars
-    monkeypatch.setattr(exponential, "_scalars", lambda maps, out: batches.append(len(maps)) or original(maps, out))
+    original = joint_maps._scalars
+    monkeypatch.setattr(joint_maps, "_scalars", lambda maps, out: batches.append(len(maps)) or original(maps, out))
     net(images())
     assert batches == [len(BINARY_LAYERS)]
     assert all(epc.precomputed is None for epc in clusters(net))
@@ -93,10 +92,8 @@ class ReadsTwice(nn.Conv2d):
 
 
 @pytest.mark.filterwarnings("ignore:.*something has written into its weight")
-@pytest.mark.parametrize("size", [0.1, 1e20])  # the latter is tamed
+@pytest.mark.parametrize("size", [0.1, 1e20])  # the latter is prescaled
 def test_a_weight_that_is_read_twice_is_mapped_once(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hbnn_plugin.geometry import exponential  # noqa: PLC0415
-
     torch.manual_seed(0)
     net = hbnn_plugin.apply(nn.Sequential(ReadsTwice(3, 4, 3), ReadsTwice(4, 4, 3)), mode="parametrize")
     for layer in clusters(net):
@@ -106,8 +103,8 @@ def test_a_weight_that_is_read_twice_is_mapped_once(size: float, monkeypatch: py
     single = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
     maps = []
-    original = exponential._scalars
-    monkeypatch.setattr(exponential, "_scalars", lambda these, out: maps.extend(these) or original(these, out))
+    original = joint_maps._scalars
+    monkeypatch.setattr(joint_maps, "_scalars", lambda these, out: maps.extend(these) or original(these, out))
     net(images()).square().sum().backward()
     assert len(maps) == 2
     for parameter, grad in zip(net.parameters(), single):
@@ -159,13 +156,11 @@ def test_after_a_forward_that_raised_nothing_mapped_is_left() -> None:
 
 
 def test_applied_twice_to_one_model_each_map_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hbnn_plugin.geometry import exponential  # noqa: PLC0415
-
     net, batches = tiny_net(SmoothConv), []
     for name in BINARY_LAYERS:
         hbnn_plugin.apply(net, mode="parametrize", where=hbnn_plugin.by_name(name))
-    original = exponential._scalars
-    monkeypatch.setattr(exponential, "_scalars", lambda maps, out: batches.append(len(maps)) or original(maps, out))
+    original = joint_maps._scalars
+    monkeypatch.setattr(joint_maps, "_scalars", lambda maps, out: batches.append(len(maps)) or original(maps, out))
     net(images())
     assert batches == [len(BINARY_LAYERS)]
     hbnn_plugin.fuse(net)
@@ -197,9 +192,3 @@ def test_one_layer_near_the_edge_is_treated_with_care_and_the_others_are_not_cha
     first.point.mul_(0.999 / (0.2**0.5 * first.point.flatten(1).norm(dim=1).view(-1, 1, 1, 1)))
     torch.testing.assert_close(net(images()), plain(net)(images()), rtol=1e-5, atol=1e-6)
     assert others
-
-
-def test_fuse_leaves_no_hook() -> None:
-    net = hbnn_plugin.fuse(applied())
-    assert not net._forward_pre_hooks
-    assert not net._forward_hooks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,9 @@ def test_a_case_of_each_section_and_the_report(tmp_path: Path, monkeypatch: pyte
     launches = done["launches", "float32"]["launches"]
     assert all(counts["forward"] > launches[BARE]["forward"] > 0 for arm, counts in launches.items() if arm != BARE)
     memory = done["memory", "batch 2"]
-    assert all(copies >= 1 for copies in memory["copies held"].values())  # the points
+    # points, their momentum, in-place the latents
+    held = {"parametrize": 2, "in-place": 3, "parametrize, Möbius rule": 1}
+    assert memory["copies held"] == pytest.approx(held, abs=0.2)
     assert set(memory["copies at the peak"]) == set(memory["copies held"])
 
     benchmark_training.main([*options, "--report"])
@@ -73,13 +74,6 @@ def test_a_case_of_each_section_and_the_report(tmp_path: Path, monkeypatch: pyte
     assert [line["case"] for line in lines(tmp_path)].count("eager") == 2
     benchmark_training.main([*options, "--report"])
     assert (tmp_path / "training-cost.md").read_text().count("\n| eager |") == 1  # the last line counts
-
-
-def test_the_committed_report_is_of_the_committed_lines(tmp_path: Path) -> None:
-    shutil.copy(benchmark_training.RESULTS / "training-cost.jsonl", tmp_path)
-    benchmark_training.main(["--results", str(tmp_path), "--report"])
-    committed = (benchmark_training.RESULTS / "training-cost.md").read_text(encoding="utf-8")
-    assert (tmp_path / "training-cost.md").read_text(encoding="utf-8") == committed
 
 
 def test_a_damaged_line_is_one_message(tmp_path: Path) -> None:

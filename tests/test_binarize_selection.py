@@ -14,7 +14,6 @@ from torch.optim import SGD
 import hbnn_plugin
 from full_precision_nets import BINARIZED, both, classes, resnet
 from hbnn_plugin import by_class, by_name
-from hbnn_plugin.retrofit.binary_layers import BinaryConv2d
 from tiny_hosts import IrConv, batch, clusters, same_state, state, tiny_net, train
 from training_helpers import each_mode
 
@@ -29,14 +28,20 @@ def test_a_custom_predicate() -> None:
 
 @both
 def test_a_model_that_is_itself_the_convolution(binarize: str) -> None:
-    """Nothing holds it, so it cannot be replaced: refused, or changed in place, but never taken for binary as it is."""
+    """Nothing holds it, so it cannot be replaced."""
     net = nn.Conv2d(3, 4, 3)
-    try:
-        net = hbnn_plugin.apply(net, binarize=binarize, where=lambda module, name: True)
-    except ValueError:
-        assert not clusters(net)
-    else:
-        assert isinstance(net, BinaryConv2d)
+    with pytest.raises(ValueError, match=r"put it into an nn\.Sequential"):
+        hbnn_plugin.apply(net, binarize=binarize, where=lambda module, name: True)
+    assert type(net) is nn.Conv2d
+    assert not clusters(net)
+
+
+@pytest.mark.parametrize("word", ["downsample", "shortcut", "skip_conv", "identity", "proj", "Projection"])
+def test_pointwise_convolutions_with_the_name_of_a_shortcut_stay_as_they_are(word: str) -> None:
+    net = nn.Sequential()
+    for name, kernel in (("first", 3), (word, 1), ("pointwise", 1), ("last", 3)):
+        net.add_module(name, nn.Conv2d(4, 4, kernel))
+    assert [layer.name for layer in hbnn_plugin.plan(net, binarize="1/32").layers] == ["pointwise"]
 
 
 def test_fully_convolutional_and_pointwise_networks() -> None:

@@ -17,7 +17,6 @@ from hosts import HOSTS, binary_layers, binaryconnect, get_host, mdtanh, plain, 
 from hosts.common import BinaryConv
 from hosts.networks import ResNet, resnet8
 from scalar_hosts import SCALAR_HOSTS, Row, libra_exponent, product, s, transposed
-from training import Recipe, make_optimizer
 
 NAMES = ("plain", "binaryconnect", "mdtanh")
 BINARY_LAYERS = [f"stages.{i}.0.conv{j}" for i in range(3) for j in (1, 2)]
@@ -240,15 +239,6 @@ def test_mdtanh_keeps_beta_in_checkpoints() -> None:
     for (_, old), (_, new) in zip(binary_layers(net), binary_layers(copy)):
         assert float(new.get_buffer("beta")) == pytest.approx(100)
         assert torch.equal(old.binary_weight(), new.binary_weight())
-
-
-@pytest.mark.parametrize(("name", "decay"), [("plain", 5e-4), ("binaryconnect", 5e-4), ("mdtanh", 0.0)])
-def test_weight_decay_of_latent_weights(name: str, decay: float) -> None:
-    net = resnet8(HOSTS[name].conv, width=4)
-    optimizer = make_optimizer(net, HOSTS[name], Recipe())
-    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert {decays[id(layer.weight)] for _, layer in binary_layers(net)} == {decay}
-    assert decays[id(net.linear.weight)] == 5e-4
 
 
 # -- in a network, with HBNN --------

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import cifar
+from hbnn_plugin.retrofit.checkpoint import described
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -60,6 +61,15 @@ def test_a_killed_training_continues_to_the_same_weights_bit_for_bit(data: Path,
     refused = subprocess.run(train(data, interrupted, "--hbnn", "--radius", "1"), capture_output=True, text=True)
     assert refused.returncode == 1
     assert "radius" in refused.stderr
+
+
+def test_cluster_options_reach_the_model(data: Path, tmp_path: Path) -> None:
+    options = ["--hbnn", "--radius", "0.2", "--rule", "mobius", "--epochs", "1", "--limit", "32"]
+    subprocess.run(train(data, tmp_path, *options), check=True, capture_output=True)
+    model = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    settings = [described(value) for key, value in model.items() if key.endswith("._extra_state")]
+    assert len(settings) == 6
+    assert all(found and (found["radius"], found["rule"]) == (0.2, "mobius") for found in settings)
 
 
 def test_cluster_options_without_hbnn_are_refused(data: Path, tmp_path: Path) -> None:

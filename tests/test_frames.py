@@ -33,13 +33,14 @@ def behind_autograds_back(parameters: Any) -> Optimizer:
     optimizer = SGD(parameters, lr=0.5)
 
     def clip_data(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        before = [g.clone() for g in gradients]
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in held]
+        for p, gradient in zip(held, gradients):
+            p.grad = gradient.clone()
         clip(optimizer)
-        for gradient, unclipped in zip(gradients, before):
-            clipped = gradient.clone()
-            gradient.data = unclipped
-            gradient.data.copy_(clipped)
+        for p, gradient in zip(held, gradients):
+            gradient.data.copy_(p.grad)
+            p.grad = gradient
 
     optimizer.register_step_pre_hook(clip_data)
     return optimizer

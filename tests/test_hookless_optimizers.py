@@ -48,6 +48,16 @@ def test_an_optimizer_without_hooks_is_reported_once_a_layer() -> None:
     assert steps(net) == [0, 0]
 
 
+def test_in_place_an_optimizer_without_hooks_trains_the_weight_alone() -> None:
+    net, bare = applied(mode="inplace"), tiny_net()
+    for model in (net, bare):
+        train(model, BareSgd(model.parameters(), lr=0.1), 2)
+    for mine, other in zip(net.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    assert steps(net) == [0, 0]
+    assert not any(bool(point.any()) for point in points(net).values())
+
+
 @pytest.mark.parametrize("host", [ClippedConv, CentredConv])
 def test_what_a_forward_does_to_its_weight_is_no_step(host: Any) -> None:
     net = hbnn_plugin.apply(tiny_net(host), mode="inplace")

@@ -133,6 +133,26 @@ def test_an_epoch_depends_on_seed_and_epoch_alone_and_can_be_resumed(images: Ima
     assert orders[0] not in orders[1:]
 
 
+def test_training_sees_every_shift_and_both_mirror_images() -> None:
+    ramp = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).expand(200, 3, 8, 8)
+    images = Images(ramp, torch.zeros(200, dtype=torch.long), (0.0,) * 3, (1.0,) * 3, shift=1, flip=True)
+    padded = torch.nn.functional.pad(ramp[0], (1,) * 4)
+    mirrored = torch.nn.functional.pad(ramp[0].flip(2), (1,) * 4)
+    views = {
+        (flip, y, x): whole[:, y : y + 8, x : x + 8]
+        for flip, whole in enumerate((padded, mirrored))
+        for y in range(3)
+        for x in range(3)
+    }
+    seen: list[tuple[int, int, int]] = []
+    for batch, _ in images.epoch(0, 0, 50):
+        for image in (batch * 255).round().to(torch.uint8):
+            (view,) = [name for name, expected in views.items() if torch.equal(image, expected)]
+            seen.append(view)
+    assert set(seen) == set(views)
+    assert 70 < sum(flip for flip, _, _ in seen) < 130
+
+
 def test_ranks_see_together_what_one_process_sees(images: ImageSet) -> None:
     worlds = [World(rank, 3) for rank in range(3)]
     for whole, shares in (

@@ -150,16 +150,6 @@ def test_what_a_part_loads_is_applied_to_the_whole(watch: Interception) -> None:
     assert watch.models == [net]
 
 
-def test_a_script_that_calls_apply_itself_is_reported_too() -> None:
-    said: list[str] = []
-    taken = Interception({}, said.append)
-    taken.start()
-    net = hbnn_plugin.apply(tiny_net())
-    SGD(net.parameters(), lr=0.1)
-    taken.stop()
-    assert taken.applied and taken.models == [net] and not said
-
-
 def test_a_frozen_teacher_in_a_wrapper_stays_as_it_is(watch: Interception) -> None:
     teacher = tiny_net().requires_grad_(False)
     DataParallel(teacher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 import subprocess
@@ -9,10 +10,14 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import hbnn_plugin
+from hbnn_plugin.launcher import command
 from hbnn_plugin.launcher.command import main
 from two_ranks import torchrun
 
@@ -217,3 +222,26 @@ def test_processes_out_of_reach_are_told_of(
     main([str(script)])
     said = capsys.readouterr().err
     assert "spawn starts processes that this launcher does not reach" in said and "nothing was applied" in said
+
+
+def test_every_option_of_apply_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Taken(Exception):
+        """The script would run now."""
+
+    seen: dict[str, Any] = {}
+
+    def interception(options: dict[str, Any], *_: Any, **__: Any) -> None:
+        seen.update(options)
+        raise Taken
+
+    monkeypatch.setattr(command, "Interception", interception)
+    given = {"space": "ball", "radius": 0.1, "per": "layer", "binarize": "1/32", "mode": "parametrize", "start": 0.5}
+    given |= {"rule": "mobius", "order": "alternating", "point_lr": 0.3, "point_lr_power": 0.6}
+    given |= {"point_momentum": 0.8, "point_decay": 0.01}
+    options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    with pytest.raises(Taken):
+        main([*options, "--relative", "--where", "conv[12]", "--where", "head", "-m", "train"])
+    assert seen.keys() == inspect.signature(hbnn_plugin.apply).parameters.keys() - {"model"}
+    where = seen.pop("where")
+    assert [where(nn.Conv2d(1, 1, 1), name) for name in ("conv2", "conv3", "head")] == [True, False, True]
+    assert seen == {**given, "relative": True}

@@ -130,7 +130,7 @@ def test_where_the_map_is_the_identity_every_kind_trains_as_it_does_alone(kind: 
 
 
 @each_mode
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_points_are_float32_or_better(dtype: torch.dtype, mode: str) -> None:
     net = hbnn_plugin.apply(tiny_net(dtype=dtype), mode=mode)
     assert {epc.point.dtype for epc in clusters(net).values()} == {

@@ -1,12 +1,14 @@
-"""The map in torch's hands: its dtypes from half precision up, vmap and compile."""
+"""The maps in torch's hands: dtypes from half precision up, vmap, double backward, compile and export."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from hbnn_plugin import ball, exp_map
+from hbnn_plugin import ball, exp_map, log_map, mobius_add, mobius_scale, sphere
 from map_points import SPACES, inside, on_sphere
 
 
@@ -87,16 +89,41 @@ def test_float32_loses_nothing_against_float64() -> None:
             assert float(((mine.double() - reference).norm() / reference.norm()).detach()) < 1e-5
 
 
-@pytest.mark.parametrize("space", SPACES)
-def test_vmap_over_points_and_its_gradients(space: str) -> None:
-    generator = torch.Generator().manual_seed(8)
-    geometry, r = SPACES[space], 0.3
-    v = torch.randn(5, 6, dtype=torch.float64, generator=generator)
-    p = on_sphere(v.flip(1), r) if space == "sphere" else inside(v.flip(1), 0.5, r)
+R = 0.3
 
-    def one(p: Tensor, v: Tensor) -> Tensor:
-        return exp_map(p, v, r, geometry)
 
+def in_ball(x: Tensor) -> Tensor:
+    return inside(x, 0.5, R)
+
+
+def onto_sphere(x: Tensor) -> Tensor:
+    return on_sphere(x, R)
+
+
+def anywhere(x: Tensor) -> Tensor:
+    return x
+
+
+MAPS = {
+    "exp_map, ball": (lambda p, v: exp_map(p, v, R), in_ball, anywhere),
+    "exp_map, sphere": (lambda p, v: exp_map(p, v, R, sphere), onto_sphere, anywhere),
+    "log_map, ball": (lambda p, x: log_map(p, x, R), in_ball, in_ball),
+    "log_map, sphere": (lambda p, x: log_map(p, x, R, sphere), onto_sphere, onto_sphere),
+    "mobius_add": (lambda p, v: mobius_add(p, v, R), in_ball, in_ball),
+    "mobius_scale": (lambda p, v: mobius_scale(p[..., :1], v, R), anywhere, in_ball),
+}
+each_map = pytest.mark.parametrize("name", MAPS)
+
+
+def map_and_operands(name: str) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
+    function, first, second = MAPS[name]
+    p, v = torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(8)).unbind()
+    return function, first(p), second(v)
+
+
+@each_map
+def test_vmap_over_points_and_its_gradients(name: str) -> None:
+    one, p, v = map_and_operands(name)
     assert torch.allclose(torch.func.vmap(one)(p, v), one(p, v), atol=1e-14)
     assert torch.allclose(torch.func.vmap(one, (None, 0))(p[0], v), one(p[:1].expand_as(v), v), atol=1e-14)
 
@@ -113,6 +140,26 @@ def test_vmap_over_points_and_its_gradients(space: str) -> None:
     assert torch.allclose(second, torch.stack([curvature(a, b) for a, b in zip(v, p)]), atol=1e-10)
 
 
+@each_map
+def test_derivatives_of_first_and_second_order(name: str) -> None:
+    function, p, v = map_and_operands(name)
+    operands = p[:2].clone().requires_grad_(), v[:2].clone().requires_grad_()
+    assert torch.autograd.gradcheck(function, operands)
+    assert torch.autograd.gradgradcheck(function, operands)
+
+
+@each_map
+def test_exports(name: str) -> None:
+    function, p, v = map_and_operands(name)
+
+    class Module(torch.nn.Module):
+        def forward(self, p: Tensor, v: Tensor) -> Tensor:
+            return function(p, v)
+
+    exported = torch.export.export(Module(), (p, v)).module()
+    assert torch.allclose(exported(p, v), function(p, v), atol=1e-12)
+
+
 def test_vmap_with_one_radius_a_point() -> None:
     generator = torch.Generator().manual_seed(9)
     p, v = (torch.randn(4, 6, dtype=torch.float64, generator=generator) * 0.2 for _ in range(2))
@@ -120,17 +167,10 @@ def test_vmap_with_one_radius_a_point() -> None:
     assert torch.allclose(torch.func.vmap(exp_map)(p, v, r[:, None]), exp_map(p, v, r[:, None]), atol=1e-14)
 
 
-@pytest.mark.parametrize("space", SPACES)
-def test_compiles_in_one_graph_with_equal_values_and_gradients(space: str) -> None:
-    generator = torch.Generator().manual_seed(10)
-    geometry, r = SPACES[space], 0.05
-    v = torch.randn(4, 3, 3, 3, generator=generator)
-    flat = v.flatten(1).flip(1)
-    p = (on_sphere(flat, r) if space == "sphere" else inside(flat, 0.3, r)).reshape(v.shape)
-
-    def function(p: Tensor, v: Tensor) -> Tensor:
-        return exp_map(p, v, r, geometry, (1, 2, 3))
-
+@each_map
+def test_compiles_in_one_graph_with_equal_values_and_gradients(name: str) -> None:
+    function, p, v = map_and_operands(name)
+    p, v = p.float(), v.float()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     outputs = []
     for f in (function, compiled):

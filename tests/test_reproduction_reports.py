@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from scipy import stats
 
-import defaults
-from reproduction import ledger
+from reproduction import ledger, plots
 from reproduction.arms import ARMS, BARE
 from reproduction.experiments import EXPERIMENTS
 from reproduction.presets import PRESETS
@@ -20,6 +19,9 @@ from reproduction.tables import comparison_table, difference, search_table, tuni
 from study_lines import finish, line
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from reproduction.protocol import Study
     from reproduction.runs import Run
 
 SMOKE = PRESETS["smoke"]
@@ -46,6 +48,77 @@ def test_seeds_are_paired() -> None:
     table = comparison_table(study, lines)
     assert "| 61.00 ± 1.00 (3) |" in table
     assert "+2.00 (3)" in table
+
+
+def three_seeds() -> tuple[Study, Lines]:
+    """Of 40 epochs: the host ends at 60, 61 and 62 %, HBNN at 62, 63 and 65 %."""
+    small = PRESETS["small"]
+    study = EXPERIMENTS["table5"].study(small, EXPERIMENTS["table5"].cases(small, ["irnet"]), [BARE, "HBNN"], seeds=3)
+
+    def accuracy(run: Run) -> float:
+        if run.split == "validation":
+            return 0.5 + 0.1 * (run.recipe.lr == 0.1)
+        return {BARE: (0.6, 0.61, 0.62), "HBNN": (0.62, 0.63, 0.65)}[run.arm][run.recipe.seed]
+
+    return study, Lines(finish(study, accuracy))
+
+
+def test_a_row_of_the_table_in_full() -> None:
+    study, lines = three_seeds()
+    bare, hbnn = ([60.0, 61.0, 62.0], [62.0, 63.0, 65.0])
+    last, steadier = (
+        stats.ttest_rel([share * x for x in hbnn], [share * x for x in bare]).confidence_interval()
+        for share in (1, 0.95)  # accuracy grows in proportion to the epochs: the last five have 38 / 40 of the last
+    )
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in comparison_table(study, lines).splitlines()[:4]]
+    assert dict(zip(rows[0], rows[3], strict=True)) == {
+        "task, host": "cifar10 resnet8, irnet",
+        "arm": "HBNN",
+        "lr, decay": "0.1, 0.0001",
+        "test accuracy, % (seeds)": "63.33 ± 1.53 (3)",
+        "seed by seed": "62.00, 63.00, 65.00",
+        "− bare, points": "+2.33 (3)",
+        "95 % t interval": f"{last.low:+.2f} … {last.high:+.2f}",
+        "95 % bootstrap": "+2.00 … +3.00",
+        "seeds that would decide": "decided",
+        "mean of the last 5 epochs, 95 % t interval": f"+2.22 (3), {steadier.low:+.2f} … {steadier.high:+.2f}",
+        "training loss": "1.600",
+        "flipped": "40.0 %",
+        "oscillating late": f"{10 * sum(1 / epoch for epoch in range(31, 41)) / 10:.2f} %",
+        "reach": "0.250",
+    }
+    assert rows[2][4:9] == ["60.00, 61.00, 62.00", "", "", "", ""]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """What would be written to files."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    return figures
+
+
+def test_a_difference_is_drawn_with_its_interval_beside_a_line_at_zero(drawn: list[Figure], tmp_path: Path) -> None:
+    study, lines = three_seeds()
+    found = difference(study, study.cases[0], "HBNN", lines)
+    assert found
+    plots.draw_differences(study, lines, tmp_path)
+    zero, interval, mean = drawn[0].axes[0].lines
+    assert list(zero.get_xdata()) == [0, 0]
+    assert list(interval.get_xdata()) == [found.low, found.high]
+    assert list(mean.get_xdata()) == [found.mean]
+
+
+def test_curves_are_means_over_seeds_and_flips_those_of_the_last_epoch(drawn: list[Figure], tmp_path: Path) -> None:
+    study, lines = three_seeds()
+    plots.draw_curves(study, lines, tmp_path)
+    plots.draw_flips(study, lines, tmp_path)
+    bare, hbnn = (curve.get_ydata() for curve in drawn[0].axes[0].lines)
+    assert [bare[-1], hbnn[-1]] == pytest.approx([61, 190 / 3])
+    assert hbnn[19] == pytest.approx(95 / 3)
+    by_layer, by_epoch = drawn[1].axes
+    assert list(by_layer.lines[0].get_ydata()) == pytest.approx([40, 50])  # after the last epoch
+    assert list(by_epoch.lines[0].get_ydata()) == pytest.approx(range(1, 41))
 
 
 @pytest.mark.parametrize("name", ["ablation", "table1", "table2", "table5", "fig3", "fig4"])
@@ -136,8 +209,3 @@ def test_surfaces_that_have_yet_to_be_worked_out_are_told_of(tmp_path: Path) -> 
     study = experiment.study(preset, experiment.cases(preset, ["plain"], ["resnet8"]))
     with pytest.raises(ValueError, match=r"fig5-smoke\.jsonl has no surface of these networks"):
         write_report("fig5", study, Lines([]), tmp_path / "fig5-smoke", tmp_path / "fig5-smoke.jsonl")
-
-
-def test_the_table_of_the_defaults_is_that_of_its_lines() -> None:
-    lines = [json.loads(line) for line in defaults.RESULTS.read_text(encoding="utf-8").splitlines()]
-    assert defaults.report(lines) in defaults.RESULTS.with_suffix(".md").read_text(encoding="utf-8")

@@ -229,3 +229,15 @@ def test_zeroed_gradients_move_no_point_and_missing_ones_neither(mode: str) -> N
     optimizer.zero_grad(set_to_none=True)
     optimizer.step()
     assert moved(net, before) == []
+
+
+@pytest.mark.parametrize("rule", ["mobius", "spectral"])
+def test_a_point_whose_gradient_the_map_squeezes_away_holds_still(rule: str) -> None:
+    """√r‖v‖ = 9.5: of a gradient along v the map leaves less than float32 can tell."""
+    net = applied(rule=rule)
+    epc = clusters(net)["conv1"]
+    with torch.no_grad():
+        epc.parameter[0] *= 9.5 / 0.05**0.5 / epc.parameter[0].norm()
+    train(net, SGD(net.parameters(), lr=0.1), 1)
+    moved_points = epc.point.flatten(1).abs().amax(1) > 0
+    assert moved_points.tolist() == [False, True, True, True, True]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 import warnings
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from tiny_hosts import (
     train,
 )
 from torch_version import TORCH
-from training_helpers import applied, each_mode, moved, output, saved, steps
+from training_helpers import applied, each_mode, output, saved, steps
 
 
 def weights(net: nn.Module) -> dict[str, Tensor]:
@@ -179,22 +178,6 @@ def test_trained_models_export(conv: Any, finish: Callable[[nn.Module], nn.Modul
 
 
 @each_mode
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_have_points_in_float32(dtype: torch.dtype, mode: str) -> None:
-    net = hbnn_plugin.apply(tiny_net(dtype=dtype), mode=mode)
-    assert net.conv1.weight.dtype == dtype
-    before = latents(net)
-    for epc in clusters(net).values():
-        assert epc.point.dtype == torch.float32
-        epc.parameter.grad = torch.full_like(epc.parameter, 0.01)
-    SGD(net.parameters(), lr=0.1).step()
-    for name, epc in clusters(net).items():
-        assert epc.point.any() and epc.point.isfinite().all()
-        assert latents(net)[name].dtype == dtype and not torch.equal(latents(net)[name], before[name])
-        assert net.get_submodule(name).weight.dtype == dtype
-
-
-@each_mode
 def test_channels_last_changes_nothing(mode: str) -> None:
     found = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -207,16 +190,6 @@ def test_channels_last_changes_nothing(mode: str) -> None:
 
 
 # -- copies and files --------------------------------------------------------------------------------------------------
-
-
-@each_mode
-def test_a_deepcopy_shares_nothing(mode: str) -> None:
-    net = applied(ScaledConv, mode=mode)
-    other = copy.deepcopy(net)
-    before, start = state(net), points(other)
-    train(other, SGD(other.parameters(), lr=0.05), 1)
-    assert moved(other, start) == list(BINARY_LAYERS)
-    assert same_state(state(net), before)
 
 
 def test_a_whole_model_under_a_parametrization_is_refused_by_pickle_with_the_mend() -> None:

@@ -35,12 +35,27 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a line, alone at the file meanwhile. A last line that a kill left unfinished goes: its run repeats."""
+    """Add a line, alone at the file meanwhile. A last line that a kill left unfinished goes: its run repeats.
+
+    (One that lacks the line break alone, such as from an editor, stays.)
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, separators=(",", ":")) + "\n"
     with path.open("a+b", buffering=0) as file:
         lock(file)
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        *_, last = file.read().split(b"\n")
+        if last and _is_json(last):
+            text = f"\n{text}"
+        else:
+            file.truncate(file.tell() - len(last))
         file.write(text.encode())
         os.fsync(file.fileno())
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

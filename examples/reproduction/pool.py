@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import os
 import threading
-import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,16 +38,17 @@ _epochs: Any = None
 """In a worker: where it says that an epoch is done."""
 
 
-def _start_worker(epochs: Any, parent: int) -> None:
+def _start_worker(epochs: Any) -> None:
     global _epochs  # noqa: PLW0603
     _epochs = epochs
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def _end_with_parent() -> None:
     """A killed parent leaves its workers behind; two processes must never train into one checkpoint."""
-    while os.getppid() == parent:
-        time.sleep(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
@@ -74,11 +74,14 @@ def require_same_images(ledger_path: Path, datasets: Iterable[str], data: Path) 
 
 
 def run_missing(comparison: Comparison, data: Path, ledger_path: Path, folder: Path, jobs: int) -> None:
-    """Run until nothing is missing, ``jobs`` at a time; every finished run is a line at once."""
+    """Run until nothing is missing, ``jobs`` at a time; every finished run is a line at once.
+
+    The first error of a run is told at once and raised when the others that have begun are done.
+    """
     lines = ledger.read(ledger_path)
     context = multiprocessing.get_context("spawn")
     epochs = context.SimpleQueue()
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(epochs, os.getpid()))
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(epochs,))
     finished_epochs = 0
     with (
         occupied(folder),
@@ -86,22 +89,27 @@ def run_missing(comparison: Comparison, data: Path, ledger_path: Path, folder: P
         tqdm(total=comparison.epochs_left(Lines(lines)), unit="epoch", dynamic_ncols=True) as bar,
     ):
         running: dict[Future[dict[str, Any]], Run] = {}
+        error: BaseException | None = None
         missing = comparison.missing(Lines(lines))
         while True:
             started = {run.key for run in running.values()}
             for run in missing:
-                if len(running) == jobs:
+                if len(running) == jobs or error:
                     break
                 if run.key not in started:
                     running[pool.submit(_work, run, data, folder)] = run
                     started.add(run.key)
             if not running:
-                return
+                break
             finished, _ = wait(running, timeout=2, return_when=FIRST_COMPLETED)
             while not epochs.empty():
                 bar.update(epochs.get())
             for future in finished:
                 run = running.pop(future)
+                if failure := future.exception():
+                    bar.write(f"{run}: {failure}")
+                    error = error or failure
+                    continue
                 line = future.result()
                 lines.append(line)
                 finished_epochs += run.recipe.epochs
@@ -109,6 +117,8 @@ def run_missing(comparison: Comparison, data: Path, ledger_path: Path, folder: P
                 bar.write(_finish(run, line, data, ledger_path, folder))
             if finished:
                 missing = comparison.missing(Lines(lines))
+        if error:
+            raise error
 
 
 def run_together(comparison: Comparison, data: Path, ledger_path: Path, folder: Path, world: World) -> None:

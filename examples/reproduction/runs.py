@@ -120,8 +120,9 @@ def execute(
 ) -> dict[str, Any]:
     """Train, or continue from the checkpoint in ``folder``; returns the line and leaves the plain network's weights.
 
-    ``epoch_done`` is called each time. The line of a run whose loss does not stay finite says ``diverged`` and has no
-    figures. In a ``world`` of several ranks all of them call this, and rank 0 writes; by default this process is alone.
+    ``epoch_done`` is called each time. The line names every commit that the run has trained under. That of one whose
+    loss does not stay finite says ``diverged`` and has no figures. In a ``world`` of several ranks all of them call
+    this, and rank 0 writes; by default this process is alone.
     """
     world = world or World.from_environment()
     provenance = _provenance(run, data, world)  # of the code as it was loaded, not as it is when the run ends
@@ -137,18 +138,19 @@ def execute(
     optimizer = make_optimizer(model, host, run.recipe)
     meter = FlipMeter(model)
     path = checkpoint_path(run, data, folder)
-    progress = Progress()
+    progress, commits = Progress(), [provenance["commit"]]
     if path.exists():
         saved = checkpoints.load(path)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         progress = Progress(**saved["progress"])
+        commits = list(dict.fromkeys([*saved["commits"], *commits]))
         for _ in range(progress.epoch):
             epoch_done()
 
     def checkpoint(progress: Progress) -> None:
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        checkpoints.save(path, {**content, "progress": progress.state_dict()})
+        checkpoints.save(path, {**content, "progress": progress.state_dict(), "commits": commits})
         epoch_done()
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +175,7 @@ def execute(
             )
         except Diverged as error:
             return {"config": run.config, "diverged": str(error), **provenance}
-    line = _line(run, model, progress) | provenance
+    line = _line(run, model, progress) | provenance | {"commit": ", ".join(commits)}
     if world.rank == 0:
         if run.options is not None:
             hbnn_plugin.fuse(model)

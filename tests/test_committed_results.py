@@ -1,0 +1,45 @@
+"""The committed tables are those that the committed lines give, by the commands that README names."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import benchmark_latency
+import benchmark_training
+import defaults
+import reproduce
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RESULTS = reproduce.RESULTS
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+TABLE5 = re.search(r"reproduce\.py (table5 .*) --report", README)
+assert TABLE5, "README names the command of its table"
+REPORTS = {
+    "table5-small.md": ("reproduce-small.jsonl", reproduce.main, shlex.split(TABLE5[1])),
+    "ablation-small.md": ("reproduce-small.jsonl", reproduce.main, ["ablation"]),
+    "training-cost.md": ("training-cost.jsonl", benchmark_training.main, []),
+    "latency.md": ("latency.jsonl", benchmark_latency.main, []),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_committed_report_is_of_the_committed_lines(name: str, tmp_path: Path) -> None:
+    lines, main, arguments = REPORTS[name]
+    run: Callable[[list[str]], None] = main
+    shutil.copy(RESULTS / lines, tmp_path)
+    run([*arguments, "--results", str(tmp_path), "--report"])
+    assert (tmp_path / name).read_text(encoding="utf-8") == (RESULTS / name).read_text(encoding="utf-8")
+
+
+def test_the_table_of_the_defaults_is_that_of_its_lines() -> None:
+    lines = [json.loads(line) for line in defaults.RESULTS.read_text(encoding="utf-8").splitlines()]
+    assert defaults.report(lines) in defaults.RESULTS.with_suffix(".md").read_text(encoding="utf-8")
