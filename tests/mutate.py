@@ -1,4 +1,4 @@
-"""Can the tests of the map, of the hosts and of the study fail? Break a copy of each in several ways and see that they do.
+"""Can the tests of the map, the hosts and the study fail? Break a copy of each in several ways and see that they do.
 
 python tests/mutate.py
 """

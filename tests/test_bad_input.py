@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import SGD
@@ -38,6 +37,12 @@ def meta_net() -> TinyNet:
 def parametrized() -> TinyNet:
     net = tiny_net()
     nn.utils.parametrizations.weight_norm(net.conv2)
+    return net
+
+
+def spectral_norm() -> TinyNet:
+    net = tiny_net()
+    nn.utils.spectral_norm(net.conv1)
     return net
 
 
@@ -138,6 +143,16 @@ BAD = {
     "zero on the sphere": (zero_filter, {"space": "sphere"}, ValueError, ["conv2", "1 of its filters are zero"]),
     "applied before": (applied, {}, ValueError, ["conv1", "conv2", "called on it before", r"fuse\(model\)"]),
     "parametrized": (parametrized, {}, ValueError, ["conv2", "already parametrized by _WeightNorm", "remove"]),
+    "parametrized of old": (spectral_norm, {}, ValueError, ["conv1", "parametrized by spectral_norm or prune"]),
+    "momentum beside Adam's": (
+        tiny_net,
+        {"rule": "riemannian-adam", "point_momentum": 0.9},
+        ValueError,
+        ["momentum of its own"],
+    ),
+    "relative": (tiny_net, {"relative": "no"}, TypeError, ["relative must be True or False"]),
+    "string": (tiny_net, {"where": "conv"}, TypeError, ["where must be callable"]),
+    "class": (tiny_net, {"where": nn.Conv2d}, TypeError, [r"by_class\(Conv2d\), not the class"]),
     "DataParallel": (
         lambda: DataParallel(tiny_net()),
         {"mode": "parametrize"},
@@ -186,14 +201,7 @@ def test_bad_input_is_refused_before_anything_changes(case: str, function: Calla
             assert same_state(state(model), before)
 
 
-@pytest.fixture
-def process_group(tmp_path: Any) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
+@pytest.mark.usefixtures("one_rank")
 def test_ddp_is_refused_around_a_parametrization_taken_in_place_and_works_afterwards() -> None:
     wrapped = DistributedDataParallel(tiny_net())
     with pytest.raises(ValueError, match=r"the model is wrapped in DistributedDataParallel.*apply first, wrap"):

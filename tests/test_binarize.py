@@ -149,3 +149,19 @@ def test_attributes_hooks_and_padding_survive() -> None:
     assert net[1].training is False
     y = F.conv2d(F.pad(net[0](x), (2, 2, 2, 2), mode="reflect"), net[1].binary_weight(), net[1].bias, dilation=2)
     torch.testing.assert_close(net[1](net[0](x)), y)
+
+
+def test_relus_of_a_real_valued_classifier_stay() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(),
+        nn.Linear(8, 2),
+    )  # fmt: skip
+    hbnn_plugin.apply(model, binarize="1/1")
+    assert [type(m).__name__ for m in model if "Conv" not in type(m).__name__] == [
+        "Hardtanh", "Hardtanh", "Flatten", "Linear", "ReLU", "Linear",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="binarized already"):
+        hbnn_plugin.apply(model, binarize="1/1")
+    hbnn_plugin.fuse(model)
+    with pytest.raises(ValueError, match="found no binary convolution"):
+        hbnn_plugin.apply(model)

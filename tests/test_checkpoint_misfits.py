@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -169,3 +170,13 @@ def test_a_plain_checkpoint_outside_the_ball_is_told_and_keeps_its_binary_weight
     norms = net.conv2.weight.detach().flatten(1).norm(dim=1)
     assert 4.4 < float(norms[1]) < 0.05**-0.5
     torch.testing.assert_close(norms[2:], plain.conv2.weight.detach().flatten(1).norm(dim=1)[2:])
+
+
+def test_a_plain_checkpoint_with_nan_is_refused_before_anything_is_loaded() -> None:
+    model, plain = hbnn_plugin.apply(tiny_net()), tiny_net(seed=1)
+    with torch.no_grad():
+        plain.conv2.weight[0, 0, 0, 0] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="conv2: its weight in the checkpoint holds non-finite"):
+        model.load_state_dict(plain.state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -12,8 +12,9 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim import lr_scheduler as lrs
 
 import hbnn_plugin
+from hbnn_plugin.cluster.epc import find
 from tiny_hosts import loss_of, points, same_state, state, tiny_net, train
-from training_helpers import applied, closure_of, moved, steps
+from training_helpers import applied, closure_of, moved, one_step, steps
 
 CLUSTER_OPTIMIZERS = {
     "sgd": (hbnn_plugin.ClusterSGD, SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
@@ -136,3 +137,12 @@ def test_a_cluster_optimizer_needs_an_applied_model(name: str) -> None:
         own(tiny_net().parameters(), **options)
     with pytest.raises(ValueError, match="holds no latent weight"):
         own(applied().fc.parameters(), **options)
+
+
+def test_cluster_optimizers_step_the_points_themselves_and_take_fixed_ones() -> None:
+    model = hbnn_plugin.apply(tiny_net(), rule="fixed")
+    optimizer = hbnn_plugin.ClusterSGD(model.parameters(), lr=0.1)
+    one_step(model, optimizer)
+    assert int(find(model.conv1)["weight"].steps) == 0
+    with pytest.raises(ValueError, match="point_lr must be a finite number"):
+        hbnn_plugin.ClusterSGD(model.parameters(), lr=0.1, point_lr=float("nan"))

@@ -312,3 +312,29 @@ def test_reports_name_layers_by_their_place() -> None:
     hbnn_plugin.apply(net, where=by_name("0.0", "2"))
     assert list(flip_ratio(net)) == list(cluster_report(net)) == ["0.0", "2"]
     assert list(flip_ratio(copy.deepcopy(net))) == ["0.0", "2"]
+
+
+@pytest.mark.parametrize("look", [hbnn_plugin.flip_ratio, hbnn_plugin.cluster_report])
+def test_looking_between_forward_and_backward_is_harmless(look: object) -> None:
+    model = hbnn_plugin.apply(tiny_net())
+    loss = model(torch.randn(4, 3, 6, 6)).square().sum()
+    look(model)  # type: ignore[operator]
+    loss.backward()
+
+
+class Rewriting(ScaledConv):
+    """Writes its clipped weight back in every forward."""
+
+    def binary_weight(self) -> torch.Tensor:
+        self.weight.data = self.weight.data.clamp(-0.01, 0.01)
+        return super().binary_weight()
+
+
+def test_looking_at_a_host_that_rewrites_its_weight_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = TinyNet(Rewriting)
+    before = model.conv1.weight.detach().clone()
+    hbnn_plugin.apply(model)
+    assert torch.allclose(model.conv1.weight, before, atol=1e-6)
+    assert hbnn_plugin.flip_ratio(model).total == 0
+    assert F.cosine_similarity(model.conv1.weight.flatten(1), before.flatten(1)).min() > 0.9999

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -112,13 +111,6 @@ def test_two_ranks_train_as_one(i: int, ranks: Path) -> None:
             assert found.keys() == expected.keys()
             for key, value in expected.items():
                 assert torch.allclose(found[key], value, rtol=1e-9, atol=1e-12), (name, key)
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_rank")

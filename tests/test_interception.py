@@ -55,14 +55,6 @@ def fsdp() -> Any:
     return fsdp
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[None]:
-    """One process that calls itself a group."""
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_the_first_optimizer_brings_the_cluster(watch: Interception) -> None:
     net = tiny_net(IrConv)
     weight = net.conv1.weight
@@ -178,7 +170,7 @@ def test_a_wrapper_comes_first(watch: Interception) -> None:
 
 
 def test_of_a_model_that_is_sharded_over_ranks_there_is_no_report_of_flips(
-    world: None, monkeypatch: pytest.MonkeyPatch
+    one_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interception, "_ranks", lambda: 2)
     said: list[str] = []
@@ -195,7 +187,7 @@ def test_of_a_model_that_is_sharded_over_ranks_there_is_no_report_of_flips(
 
 
 @each_mode
-def test_apply_comes_before_the_first_part_is_sharded(watch: Interception, world: None, mode: str) -> None:
+def test_apply_comes_before_the_first_part_is_sharded(watch: Interception, one_rank: None, mode: str) -> None:
     watch.options = {"mode": mode}
     net, plain = tiny_net(IrConv), nn.Sequential(nn.Linear(3, 3))
     together = [[net.conv1, net.bn1]] if TORCH >= (2, 5) else [net.conv1]
@@ -209,7 +201,7 @@ def test_apply_comes_before_the_first_part_is_sharded(watch: Interception, world
         assert all(bool(p.any()) for p in points(net).values())
 
 
-def test_fsdp_of_old_is_refused_and_leaves_other_models_alone(watch: Interception, world: None) -> None:
+def test_fsdp_of_old_is_refused_and_leaves_other_models_alone(watch: Interception, one_rank: None) -> None:
     net = tiny_net(IrConv)
     with pytest.raises(ValueError, match=r"flattens the weights of TinyNet.*fully_shard"):
         torch.distributed.fsdp.FullyShardedDataParallel(net, device_id=torch.device("cpu"))

@@ -183,3 +183,12 @@ def test_compiles_in_one_graph_with_equal_values_and_gradients(name: str) -> Non
 
 def test_no_points_at_all() -> None:
     assert exp_map(torch.zeros(0, 4), torch.zeros(0, 4), 0.5).shape == (0, 4)
+
+
+def test_broadcasting_and_half_precision_of_the_public_maps() -> None:
+    p, v = torch.full((1, 4), 0.2), torch.randn(5, 4)
+    assert torch.allclose(exp_map(p, v, 0.05), exp_map(p.expand(5, 4), v, 0.05))
+    x = torch.full((1, 2), 3.14, dtype=torch.bfloat16)
+    assert mobius_add(x, -x, 0.05).abs().max() < 1e-5
+    for f in (lambda t: mobius_add(t, 0.1 * t, 0.05), lambda t: mobius_scale(1.5, t, 0.05)):
+        assert torch.equal(f(x), f(x.float()).to(torch.bfloat16))

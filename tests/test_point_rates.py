@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.optim import ASGD, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 import hbnn_plugin
+from hbnn_plugin.cluster.epc import find
 from tiny_hosts import (
     BINARY_LAYERS,
     IrConv,
@@ -16,7 +19,7 @@ from tiny_hosts import (
     train,
     twin,
 )
-from training_helpers import F64, applied, each_mode
+from training_helpers import F64, applied, each_mode, one_step
 
 
 @each_mode
@@ -135,3 +138,46 @@ def test_a_tensor_as_learning_rate(mode: str) -> None:
     for name in BINARY_LAYERS:
         torch.testing.assert_close(points(one)[name], points(other)[name])
         assert points(other)[name].any()
+
+
+def test_maximize_turns_the_points_too() -> None:
+    moved = []
+    for maximize in (False, True):
+        model = hbnn_plugin.apply(tiny_net())
+        one_step(model, torch.optim.SGD(model.parameters(), lr=0.1, maximize=maximize))
+        moved.append(find(model.conv1)["weight"].point)
+    assert torch.allclose(moved[0], -moved[1], atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", ["spectral", "riemannian"])
+def test_points_decay_under_maximize_too(rule: Any) -> None:
+    model = hbnn_plugin.apply(tiny_net(), rule=rule, start=0.5, point_lr=1.0, point_momentum=0.0, point_decay=0.5)
+    before = find(model.conv1)["weight"].point.norm()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    torch.optim.SGD(model.parameters(), lr=0.25, maximize=True).step()
+    assert 0.5 * before < find(model.conv1)["weight"].point.norm() < 0.95 * before
+
+
+@pytest.mark.parametrize(
+    "optimizer_class", [torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam, torch.optim.RAdam]
+)
+def test_points_keep_pace_under_every_optimizer_that_normalizes(optimizer_class: type[torch.optim.Optimizer]) -> None:
+    for scale in (1e-4, 1.0):
+        model = hbnn_plugin.apply(tiny_net(), rule="mobius")
+        one_step(model, optimizer_class(model.parameters(), lr=1e-3), scale)  # type: ignore[call-arg]
+        rms = find(model.conv1)["weight"].point.square().mean().sqrt()
+        assert 5e-4 < float(rms) < 2e-2, (scale, rms)
+
+
+def test_an_optimizer_without_a_learning_rate_is_told_so() -> None:
+    class NoRate(torch.optim.Optimizer):
+        def __init__(self, params: object) -> None:
+            super().__init__(params, {})  # type: ignore[arg-type]
+
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            pass
+
+    model = hbnn_plugin.apply(tiny_net())
+    with pytest.raises(RuntimeError, match=r"conv[12]: its weight's parameter group has no learning rate 'lr'"):
+        one_step(model, NoRate(model.parameters()))

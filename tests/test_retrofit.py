@@ -145,3 +145,10 @@ def test_tiny_weights_have_a_place_on_the_sphere() -> None:
     before = net.conv1.weight.sign()
     hbnn_plugin.apply(net, space="sphere")
     assert torch.equal(net.conv1.weight.sign(), before)
+
+
+def test_the_warning_of_an_assignment_points_at_it() -> None:
+    model = hbnn_plugin.apply(tiny_net())
+    with pytest.warns(UserWarning, match="conv1: the assigned weight") as caught:
+        model.conv1.weight = 100 * torch.ones(5, 4, 3, 3)
+    assert caught[0].filename == __file__

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 import hbnn_plugin
+from hbnn_plugin.cluster.epc import find
 from tiny_hosts import (
     BINARY_LAYERS,
     TinyNet,
@@ -27,7 +28,7 @@ from tiny_hosts import (
     tiny_net,
     train,
 )
-from training_helpers import applied, each_mode, equal, moved
+from training_helpers import applied, each_mode, equal, moved, one_step
 
 
 @pytest.mark.parametrize(
@@ -179,3 +180,25 @@ def test_averaged_models_in_place(use_buffers: bool) -> None:
     plain.load_state_dict(hbnn_plugin.plain_state_dict(average.module.state_dict()))
     assert torch.equal(plain(x), out)
     assert torch.equal(hbnn_plugin.fuse(average.module)(x), out)
+
+
+def test_models_can_be_copied_while_others_train() -> None:
+    model, other = hbnn_plugin.apply(tiny_net(), rule="mobius"), hbnn_plugin.apply(tiny_net())
+    stop, failures = threading.Event(), []
+
+    def copying() -> None:
+        try:
+            while not stop.is_set():
+                copy.deepcopy(other)
+        except Exception as error:  # handed to the main thread
+            failures.append(error)
+
+    thread = threading.Thread(target=copying)
+    thread.start()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(30):
+        one_step(model, optimizer)
+    stop.set()
+    thread.join()
+    assert not failures
+    assert int(find(model.conv1)["weight"].steps) == 30

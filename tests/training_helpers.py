@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 import hbnn_plugin
+from hbnn_plugin.cluster.epc import find
 from tiny_hosts import (
     HOSTS,
     IrConv,
@@ -168,3 +169,10 @@ def oracle(net: TinyNet, seed: int, lr: float, radius: float, per: str, order: s
         new_points[name] = p_new.reshape(epc.point.shape)
         new_latents[name] = (v.detach() - lr * g_v).reshape(epc.point.shape)
     return new_points, new_latents
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, gradient: torch.Tensor | float = 0.01) -> None:
+    """A step with this gradient in every latent."""
+    for epc in (epc for module in model.modules() for epc in find(module).values()):
+        epc.parameter.grad = torch.zeros_like(epc.parameter) + gradient
+    optimizer.step()

@@ -12,7 +12,7 @@ from scipy import stats  # type: ignore[import-untyped]
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Difference", "paired"]
+__all__ = ["LEVEL", "Difference", "paired"]
 
 LEVEL = 0.95
 POWER = 0.8
@@ -26,12 +26,26 @@ class Difference:
     std: float
     """Of the differences; NaN for one seed."""
     count: int
-    low: float
-    """Of the 95 % t interval; NaN for one seed."""
-    high: float
     bootstrap_low: float
     """Of the 95 % percentile bootstrap interval; NaN for one seed."""
     bootstrap_high: float
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """The t interval of this level, such as 1 - 0.05 / n for n comparisons (Bonferroni); NaN for one seed."""
+        if self.count == 1:
+            return math.nan, math.nan
+        half = float(stats.t.ppf(0.5 + level / 2, self.count - 1)) * self.std / math.sqrt(self.count)
+        return self.mean - half, self.mean + half
+
+    @property
+    def low(self) -> float:
+        """Of the 95 % t interval."""
+        return self.interval(LEVEL)[0]
+
+    @property
+    def high(self) -> float:
+        """Of the 95 % t interval."""
+        return self.interval(LEVEL)[1]
 
     @property
     def decided(self) -> bool:
@@ -59,12 +73,11 @@ def paired(mine: Sequence[float], other: Sequence[float]) -> Difference:
     differences = np.asarray(mine, dtype=float) - np.asarray(other, dtype=float)
     count, mean = len(differences), float(differences.mean())
     if count == 1:
-        return Difference(mean, math.nan, 1, *[math.nan] * 4)
+        return Difference(mean, math.nan, 1, math.nan, math.nan)
     std = float(differences.std(ddof=1))
     if std == 0:
-        return Difference(mean, 0.0, count, mean, mean, mean, mean)
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, count - 1)) * std / math.sqrt(count)
+        return Difference(mean, 0.0, count, mean, mean)
     interval = stats.bootstrap(
         (differences,), np.mean, confidence_level=LEVEL, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    return Difference(mean, std, count, mean - half, mean + half, float(interval.low), float(interval.high))
+    return Difference(mean, std, count, float(interval.low), float(interval.high))

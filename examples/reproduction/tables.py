@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from markdown_tables import table
 from reproduction.arms import BARE
-from reproduction.statistics import Difference, paired
+from reproduction.statistics import LEVEL, Difference, paired
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,7 +56,8 @@ def comparison_table(study: Study, lines: Lines) -> str:
     """Test accuracy of every arm, and its paired difference from the study's reference."""
     header = [
         *("task, host", "arm", "lr, decay", "test accuracy, % (seeds)", "seed by seed", f"− {study.reference}, points"),
-        *("95 % t interval", "95 % bootstrap", "seeds that would decide"),
+        *("95 % t interval", "for all hosts together (Bonferroni)"),
+        *("95 % bootstrap", "seeds that would decide"),
         f"mean of the last {_STEADIER} epochs, 95 % t interval",
         *("training loss", "flipped", "oscillating late", "reach"),
     ]
@@ -72,15 +73,15 @@ def _cells(study: Study, case: Case, arm: str, lines: Lines) -> list[str]:
     if (tuned_as := study.tuned_as(arm)) != arm:
         setting += f", as {tuned_as}"
     if not found:
-        return [setting, *[""] * 11]
+        return [setting, *[""] * 12]
     spread = f" ± {statistics.stdev(found.values()):.2f}" if len(found) > 1 else ""
     accuracy = f"{statistics.mean(found.values()):.2f}{spread} ({len(found)})"
-    steadier = _difference_cells(difference(study, case, arm, lines, _STEADIER))[:2]
+    steadier = _difference_cells(difference(study, case, arm, lines, _STEADIER), 1)[:2]
     cells = [
         setting,
         accuracy,
         ", ".join(f"{found[seed]:.2f}" for seed in sorted(found)),
-        *_difference_cells(difference(study, case, arm, lines)),
+        *_difference_cells(difference(study, case, arm, lines), len(study.cases)),
         ", ".join(filter(None, steadier)),
     ]
     done = finished(study, case, arm, lines)
@@ -102,15 +103,17 @@ def _late_oscillation(line: Mapping[str, Any]) -> float:
     return statistics.mean(ratios[-max(1, len(ratios) // 4) :])
 
 
-def _difference_cells(d: Difference | None) -> list[str]:
+def _difference_cells(d: Difference | None, comparisons: int) -> list[str]:
     if d is None:
-        return [""] * 4
+        return [""] * 5
     if d.count == 1:
-        return [f"{d.mean:+.2f} (1)", "", "", ""]
+        return [f"{d.mean:+.2f} (1)", "", "", "", ""]
+    low, high = d.interval(1 - (1 - LEVEL) / comparisons)
     needed = "decided" if d.decided else str(d.seeds_needed or "> 10,000")
     return [
         f"{d.mean:+.2f} ({d.count})",
         f"{d.low:+.2f} … {d.high:+.2f}",
+        f"{low:+.2f} … {high:+.2f}",
         f"{d.bootstrap_low:+.2f} … {d.bootstrap_high:+.2f}",
         needed,
     ]
