@@ -84,3 +84,66 @@ def test_wrappers_are_looked_through(how: str) -> None:
     layers = [layer.name for layer in with_binary_convolutions(fold(wrapped, x), wrapped)[1]]
     assert layers == ["conv1", "conv2"]
     assert list(hbnn_plugin.complexity(wrapped, (3, 6, 6))) == list(hbnn_plugin.complexity(net, (3, 6, 6)))
+
+
+class Padding(nn.Module):
+    """A shortcut that fills zeros in place, as option A of ResNets is often written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = IrConv(3, 5, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros(x.size(0), 5, *x.shape[2:])
+        out[:, :3] = x
+        out[:, 1].mul_(2.0)
+        result: Tensor = (self.conv(x) + 5 * out).mean((2, 3))
+        return result
+
+
+class OfAConstant(nn.Module):
+    """Convolves a tensor of its own, and its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = nn.Buffer(torch.randn(1, 3, 6, 6)) if hasattr(nn, "Buffer") else torch.randn(1, 3, 6, 6)
+        self.first, self.second = IrConv(3, 4, 3), IrConv(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = (self.first(self.prompt) + self.second(x)).mean((2, 3))
+        return result
+
+
+@pytest.mark.parametrize(("model_class", "layers"), [(Padding, ("conv",)), (OfAConstant, ("second",))])
+def test_what_depends_on_the_input_is_not_folded_and_what_does_not_is(
+    model_class: type[nn.Module], layers: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    model = model_class().eval()
+    folded = fold(model, torch.randn(2, 3, 6, 6))
+    other = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(folded.graph(other), model(other))
+    assert folded.layers == layers
+    program, found = with_binary_convolutions(folded, model)
+    torch.testing.assert_close(program.module()(other), model(other))
+    assert [layer.name for layer in found] == list(layers)
+
+
+class Remembering(nn.Module):
+    """Keeps its activations in a list, for a distillation loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.seen = tiny_net(), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.net(x)
+        self.seen = [result]
+        return result
+
+
+def test_a_model_that_keeps_activations_is_copied() -> None:
+    model = Remembering()
+    model(torch.randn(2, 3, 6, 6)).sum().backward()
+    fold(model, torch.randn(2, 3, 6, 6))
+    assert model.seen[0].grad_fn is not None

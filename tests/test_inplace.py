@@ -217,7 +217,7 @@ def test_plain_checkpoints_load_both_ways(conv: Any) -> None:
     train(net, SGD(net.parameters(), lr=0.5), 2)
     net.load_state_dict(kept)  # strictly
     assert list(kept) == list(plain.state_dict())
-    assert torch.equal(output(net), output(plain))
+    torch.testing.assert_close(output(net), output(plain), rtol=1e-5, atol=1e-6)  # mapped there and back
     fresh = hbnn_plugin.apply(tiny_net(conv, seed=4).eval(), mode="inplace")
     assert all(torch.equal(v, latents(fresh)[name]) for name, v in latents(net).items())
     assert not any(p.any() for p in points(net).values())

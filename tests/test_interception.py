@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import os
 import weakref
 from collections.abc import Iterator
@@ -248,3 +249,8 @@ def test_what_was_saved_and_copied_is_known(watch: Interception, tmp_path: Path)
     (tmp_path / "best.pth").write_bytes((tmp_path / "last.pth").read_bytes())
     (tmp_path / "log.txt").write_text("")
     assert [path.name for path in watch.saved()] == ["best.pth", "last.pth"]
+    torch.save({"a": torch.zeros(1)}, tmp_path / "latest")  # no suffix is a kind of its own
+    with (tmp_path / "open.pt").open("wb") as file:
+        torch.save({"a": torch.zeros(1)}, file)
+    torch.save({"a": torch.zeros(1)}, io.BytesIO())
+    assert [path.name for path in watch.saved()] == ["best.pth", "last.pth", "latest", "open.pt"]

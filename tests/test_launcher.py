@@ -245,3 +245,20 @@ def test_every_option_of_apply_reaches_it(monkeypatch: pytest.MonkeyPatch) -> No
     where = seen.pop("where")
     assert [where(nn.Conv2d(1, 1, 1), name) for name in ("conv2", "conv3", "head")] == [True, False, True]
     assert seen == {**given, "relative": True}
+
+
+@pytest.mark.parametrize("arguments", [["-m", "module", "--steps", "3"], ["-mmodule", "--steps", "3"]])
+def test_a_module_is_named_as_for_python(arguments: list[str]) -> None:
+    assert command._parse(["--radius", "0.1", *arguments])[2:] == (["module", "--steps", "3"], True)
+
+
+def test_a_script_finds_what_lies_beside_it_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "train.py").write_text("import os, pathlib; os.chdir('inner'); print(pathlib.Path(__file__).exists())")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    main(["train.py"])
+    assert capsys.readouterr().out == "True\n"

@@ -105,3 +105,41 @@ def test_what_it_refuses_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ImportError, match=r"pip install 'hbnn-plugin\[onnx\]'"):
         to_onnx(tiny_net(), x, path)
     assert list(tmp_path.iterdir()) == [path] and path.read_text() == "what was there"
+
+
+class Flattening(nn.Module):
+    """Ends with a size taken for a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = HOSTS["plain"].conv(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(self.conv(x), 1).view(x.size(0), -1)
+
+
+def test_where_the_model_takes_a_size_for_a_number_the_batch_is_the_examples(tmp_path: Path) -> None:
+    model, x = Flattening().eval(), torch.randn(1, 3, 6, 6)
+    to_onnx(model, x, tmp_path / "net.onnx")
+    assert onnx.load(tmp_path / "net.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+    torch.testing.assert_close(run(tmp_path / "net.onnx", x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Shifted(nn.Module):
+    """A convolution whose bias depends on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.linear = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.linear(x.mean((0, 2, 3)))
+        return nn.functional.conv2d(x.sign(), self.weight.sign(), bias).mean((2, 3))
+
+
+def test_a_bias_that_depends_on_the_input(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Shifted().eval()
+    to_onnx(model, torch.randn(2, 3, 6, 6), tmp_path / "net.onnx")
+    other = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(run(tmp_path / "net.onnx", other), model(other), rtol=1e-4, atol=1e-5)

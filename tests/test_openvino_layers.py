@@ -130,3 +130,12 @@ def test_the_third_value_of_torch_sign() -> None:
     xnor = export(layer, without)
     assert binary(xnor) == [True] and xnor.notes == ("conv: sign(0) is 0 in the model, here +1",)
     assert torch.equal(xnor(without), layer(without))
+
+
+def test_binary_layers_with_nothing_in_between() -> None:
+    net = nn.Sequential(Layer(plus_at_zero, 8, 16), Layer(plus_at_zero, 16, 3), Layer(minus_at_zero, 3, 2))
+    x = whole_numbers(2, 8, 5, 5)
+    xnor = export(net, x)
+    assert binary(xnor) == [True] * 3
+    assert torch.equal(xnor(x), net(x))
+    assert torch.equal(xnor(x.bfloat16()), net(x))

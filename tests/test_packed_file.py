@@ -66,3 +66,10 @@ def test_safetensors_is_optional(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
     assert result.stdout == "6\npacked files need safetensors: pip install 'hbnn-plugin[packed]'\n"
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    save_packed(trained(), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").stat().st_size > 0

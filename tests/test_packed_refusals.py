@@ -49,6 +49,20 @@ def test_layers_that_are_not_binary_are_named(host: Any, tmp_path: Path) -> None
     not_saved(tiny_net(), tmp_path, "fc: 4 of 4 filters are not ±scale", by_name("^fc$"))
 
 
+class NearlyBinaryConv(HostConv):
+    """+0.9 and −0.92: apart by two percent, which in half precision is many roundings."""
+
+    def binary_weight(self) -> Tensor:
+        return torch.where(self.weight > 0, 0.9, -0.92).to(self.weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_two_values_that_are_not_of_one_magnitude_are_refused_in_half_precision_too(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    not_saved(tiny_net(NearlyBinaryConv, dtype=dtype), tmp_path, "conv1: 5 of 5 filters are not ±scale")
+
+
 @pytest.mark.filterwarnings("ignore:.*two-valued")
 def test_a_real_layer_with_a_cluster_is_named(tmp_path: Path) -> None:
     net = hbnn_plugin.apply(tiny_net(), where=by_name("fc"))

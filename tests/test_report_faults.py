@@ -115,9 +115,11 @@ def test_files_of_torchs_old_format_cut_off_anywhere_are_told(tmp_path: Path) ->
 
 def test_every_state_dict_in_a_checkpoint_is_made_plain_wherever_it_is(tmp_path: Path) -> None:
     net = applied()
-    torch.save({"models": [net.state_dict(), {"ema": net.state_dict()}, 3], "epoch": 1}, tmp_path / "last.pt")
+    torch.save({"models": (net.state_dict(), {"ema": net.state_dict()}, 3), "epoch": 1}, tmp_path / "last.pt")
     assert write_report(tmp_path / "report", [net], [tmp_path / "last.pt"]) == []
-    first, second, number = torch.load(tmp_path / "report" / "fused" / "last.pt", weights_only=True)["models"]
+    models = torch.load(tmp_path / "report" / "fused" / "last.pt", weights_only=True)["models"]
+    assert isinstance(models, tuple)
+    first, second, number = models
     assert number == 3
     for state in (first, second["ema"]):
         tiny_net().load_state_dict(state)

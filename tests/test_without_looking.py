@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hbnn_plugin.cluster.settings import Rule
-from hbnn_plugin.geometry import exponential
+from hbnn_plugin.geometry import joint_maps
 from hbnn_plugin.optimizer import recovery
 from tiny_hosts import BINARY_LAYERS, SmoothConv, clusters, loss_of, points, state, train
 from training_helpers import F64, OPTIMIZERS, applied, each_mode
@@ -20,7 +20,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, *, look: bool, optimizer: str, **op
     """Three steps, and one in which a filter's gradient is no number."""
     asked: list[Tensor] = []
     with monkeypatch.context() as patch:
-        for module in (exponential, recovery):
+        for module in (joint_maps, recovery):
             patch.setattr(module, "may_look", lambda x: bool(asked.append(x)) or look)  # type: ignore[func-returns-value]
         net = applied(SmoothConv, dtype=F64, radius=0.2, **options)
         chosen = OPTIMIZERS[optimizer](net.parameters())

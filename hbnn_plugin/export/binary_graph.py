@@ -17,7 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..host.selection import binary_convolutions
 from .capture import unwrapped
-from .folding import Folded, SignsAndScales, add_constant, constants, convolutions, signs_and_scales
+from .folding import Folded
+from .graphs import SignsAndScales, add_constant, constants, convolutions, operands, signs_and_scales
 from .signs import Step, find_step
 
 __all__ = ["OPERATOR", "FoundLayer", "with_binary_convolutions"]
@@ -34,7 +35,6 @@ _SCHEMA = (
 )
 
 
-@torch.library.custom_op(OPERATOR, mutates_args=(), schema=_SCHEMA)
 def _binary_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -49,35 +49,27 @@ def _binary_conv2d(
     return F.conv2d(torch.where(positive, 1.0, -1.0), weight, None, stride, padding, dilation)
 
 
-@_binary_conv2d.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    zero_is_positive: bool,
-    layer: int,
-) -> Tensor:
-    return F.conv2d(x, weight, None, stride, padding, dilation)
+torch.library.custom_op(OPERATOR, _binary_conv2d, mutates_args=(), schema=_SCHEMA).register_fake(_binary_conv2d)
 
 
 class FoundLayer(NamedTuple):
-    """A layer with binary weights, or of a class that binarizes, in the order of the graph."""
+    """A layer with binary weights, or of a class that binarizes."""
 
     name: str
     """Its qualified name."""
     shape: tuple[int, ...]
     """Of its weight."""
     binary: bool
-    """Whether it has become a binary convolution."""
+    """Whether it is a binary convolution."""
     note: str
-    """Why it has not, or what was assumed."""
+    """Why it is not, or what is assumed of it; mostly empty."""
+    kernel: str = ""
+    """The runtime's name for the code that runs it on bits."""
 
 
 @torch.no_grad()
 def with_binary_convolutions(folded: Folded, model: nn.Module) -> tuple[ExportedProgram, list[FoundLayer]]:
-    """The model with binary convolutions, as a program for torch's converters; the i-th binary one has ``layer`` i.
+    """The model with binary convolutions, as a program for torch's converters; ``layer`` is the place in the list.
 
     Args:
         folded: of the model.
@@ -87,12 +79,12 @@ def with_binary_convolutions(folded: Folded, model: nn.Module) -> tuple[Exported
     module = make_fx(torch.func.functionalize(folded.graph))(folded.example)
     model, known = unwrapped(model), constants(module)
     convs = list(convolutions(module.graph))
-    operands: list[tuple[Any, ...]] = [conv.args for conv in convs]
-    steps = [find_step(data, known) for data, *_ in operands]
+    steps = [find_step(operands(conv)[0], known) for conv in convs]
     zeros = _zeros(module, {step.source for step in steps if step and not step.is_two_valued}, folded.example)
     found: list[FoundLayer] = []
-    for name, conv, (_, filters, *_), step in zip(folded.layers, convs, operands, steps, strict=True):
-        weight = known.get(filters)
+    replaced: dict[fx.Node, fx.Node] = {}
+    for name, conv, step in zip(folded.layers, convs, steps, strict=True):
+        weight = known.get(operands(conv)[1])
         binary = None if weight is None else signs_and_scales(weight)
         if weight is None or binary is None:
             if binary_convolutions(model.get_submodule(name), name):
@@ -103,7 +95,8 @@ def with_binary_convolutions(folded: Folded, model: nn.Module) -> tuple[Exported
         if step is None or obstacle:
             found.append(FoundLayer(name, tuple(weight.shape), False, obstacle))
         else:
-            _replace(module, conv, binary, step, known, layer=sum(layer.binary for layer in found))
+            now = step._replace(source=replaced.get(step.source, step.source))  # of a binary layer right before
+            replaced[conv] = _replace(module, conv, binary, now, known, layer=len(found))
             assumed = "" if step.is_two_valued else f"sign(0) is {step.at_zero:g} in the model, here +1"
             found.append(FoundLayer(name, tuple(weight.shape), True, assumed))
     module.graph.eliminate_dead_code()
@@ -148,9 +141,8 @@ def _replace(
     step: Step,
     known: Mapping[fx.Node, Tensor],
     layer: int,
-) -> None:
-    operands: tuple[Any, ...] = conv.args
-    _, _, bias, stride, padding, dilation, *_ = operands
+) -> fx.Node:
+    _, _, bias, stride, padding, dilation, *_ = operands(conv)
     scale = binary.scales.view(-1, 1, 1, 1) * step.height
     more = -binary.signs.shape[1] % _BYTE
     # On channels of −1, filters of +scale and −scale by turns cancel each other, but for an odd last one.
@@ -172,5 +164,7 @@ def _replace(
         if bias is not None and not zeros:
             column = call(torch.ops.aten.view.default, (bias, [-1, 1, 1]))
             result = call(torch.ops.aten.add.Tensor, (result, column))
+    result.meta = conv.meta
     conv.replace_all_uses_with(result)
     module.graph.erase_node(conv)
+    return result

@@ -7,23 +7,18 @@ becomes a constant, bit for bit; the code that computed it falls away.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from ..host.convolved import CONVOLUTIONS
-from .capture import plain_copy, scales_of
+from .capture import plain_copy
+from .graphs import CONVOLUTION_FUNCTIONS, add_constant, constants, convolutions
 from .running import follow
 
-__all__ = ["Folded", "SignsAndScales", "add_constant", "constants", "convolutions", "fold", "signs_and_scales"]
-
-_CONVOLUTIONS = CONVOLUTIONS - {F.linear}
-_OPERATORS = frozenset(f.__name__ for f in _CONVOLUTIONS)
+__all__ = ["Folded", "fold"]
 
 
 class Folded(NamedTuple):
@@ -72,53 +67,7 @@ def fold(model: nn.Module, example_input: Tensor) -> Folded:
             f"{apart:.3g}. Does it write to an activation's .data? No trace shows that: compute the sign in a "
             "torch.autograd.Function, or add (x.sign() - x).detach()"
         )
-    _fold_constants(traced, watch)
-    return Folded(traced, tuple(watch.layers), example, output)
-
-
-def convolutions(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The convolutions of a graph of torch's operators; their arguments begin with data and weight."""
-    for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket.__name__ in _OPERATORS:
-            yield node
-
-
-def constants(module: fx.GraphModule) -> dict[fx.Node, Any]:
-    """Node → value, of everything in the graph that does not depend on its input."""
-    known: dict[fx.Node, Any] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            known[node] = getattr(module, node.target)
-        elif node.op == "call_function" and all(source in known for source in node.all_input_nodes):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-            known[node] = node.target(*args, **kwargs)
-    return known
-
-
-def add_constant(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    """A node for a new buffer of about that name."""
-    target = name.replace(".", "_")
-    while hasattr(module, target):
-        target += "_"
-    module.register_buffer(target, value.detach().clone().contiguous())
-    return module.graph.get_attr(target)
-
-
-class SignsAndScales(NamedTuple):
-    """A weight that is ±scale, one scale a filter."""
-
-    signs: Tensor
-    """±1, of the weight's shape."""
-    scales: Tensor
-    """One number ≥ 0 a filter."""
-
-
-def signs_and_scales(weight: Tensor) -> SignsAndScales | None:
-    """Take a convolved weight apart; None if it is not ±scale up to roundings, or has but one number a filter."""
-    scales, far = scales_of(weight, (0,))
-    if weight.numel() < 2 * len(weight) or bool(far.any()):
-        return None
-    return SignsAndScales(torch.where(weight.signbit(), -1.0, 1.0), scales)
+    return Folded(traced, _fold_constants(traced, watch), example, output)
 
 
 class _Watch(TorchFunctionMode):
@@ -137,7 +86,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _CONVOLUTIONS:
+        if func in CONVOLUTION_FUNCTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             self.layers.append(self._running[-1])
             self.weights.append(weight.detach().clone())  # its host may put other values there
@@ -160,11 +109,15 @@ def _described(output: Any) -> str:
     return f"a tensor of shape {tuple(output.shape)} with {bad} non-finite value(s)"
 
 
-def _fold_constants(module: fx.GraphModule, watch: _Watch) -> None:
-    """Put tensors in the place of everything that does not depend on the input, and drop what computed them."""
+def _fold_constants(module: fx.GraphModule, watch: _Watch) -> tuple[str, ...]:
+    """Put tensors in the place of all that does not depend on the input; return which layers run what is left."""
     known = constants(module)
     graph = module.graph
+    layers = []
     for layer, weight, conv in zip(watch.layers, watch.weights, convolutions(graph), strict=True):
+        if conv in known:
+            continue
+        layers.append(layer)
         if conv.args[1] in known:  # else it depends on the input
             with graph.inserting_before(conv):
                 conv.update_arg(1, add_constant(module, f"{layer}.weight", weight))
@@ -177,3 +130,4 @@ def _fold_constants(module: fx.GraphModule, watch: _Watch) -> None:
         if not node.users:
             graph.erase_node(node)
     module.recompile()
+    return tuple(layers)

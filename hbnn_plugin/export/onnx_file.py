@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch.export import ExportedProgram
 
 from .agreement import Agreement, agreement
 from .files import beside
-from .folding import Folded, add_constant, constants, convolutions, fold, signs_and_scales
+from .folding import Folded, fold
+from .graphs import add_constant, constants, convolutions, operands, signs_and_scales
 
 __all__ = ["to_onnx"]
 
@@ -74,31 +76,24 @@ def _onnxruntime() -> Any:
 
 def _split_scales(module: fx.GraphModule) -> int:
     """Make each weight of ±scale ±1, and put a product with the scales behind its convolution; return how many."""
-    known = constants(module)
+    known, call = constants(module), module.graph.call_function
     count = 0
     for conv in list(convolutions(module.graph)):
-        args: tuple[Any, ...] = conv.args
-        binary = signs_and_scales(known[args[1]]) if args[1] in known else None
+        data, filters, bias, *rest = operands(conv)
+        binary = signs_and_scales(known[filters]) if filters in known else None
         if binary is None or "transpose" in str(conv.target):
             continue
         count += 1
-        name, bias = args[1].name, args[2] if len(args) > 2 else None
         column = [-1, *[1] * (binary.signs.ndim - 2)]
         with module.graph.inserting_before(conv):
-            conv.update_arg(1, add_constant(module, f"{name}_signs", binary.signs))
+            signs = add_constant(module, f"{filters.name}_signs", binary.signs)
+            scales = add_constant(module, f"{filters.name}_scales", binary.scales.view(column))
+            result = call(conv.target, (data, signs, None, *rest), conv.kwargs)  # type: ignore[arg-type]
+            result = call(torch.ops.aten.mul.Tensor, (result, scales))
             if bias is not None:
-                conv.update_arg(2, None)
-        with module.graph.inserting_after(conv):
-            scaled = module.graph.call_function(torch.ops.aten.mul.Tensor)
-        conv.replace_all_uses_with(scaled)
-        with module.graph.inserting_before(scaled):
-            scaled.args = (conv, add_constant(module, f"{name}_scales", binary.scales.view(column)))
-        if bias is not None:
-            with module.graph.inserting_after(scaled):
-                shifted = module.graph.call_function(torch.ops.aten.add.Tensor)
-            scaled.replace_all_uses_with(shifted)
-            with module.graph.inserting_before(shifted):
-                shifted.args = (scaled, add_constant(module, f"{name}_bias", known[bias].view(column)))
+                result = call(torch.ops.aten.add.Tensor, (result, call(torch.ops.aten.view.default, (bias, column))))
+        conv.replace_all_uses_with(result)
+        module.graph.erase_node(conv)
     module.recompile()
     return count
 
@@ -106,7 +101,8 @@ def _split_scales(module: fx.GraphModule) -> int:
 def _program(folded: Folded) -> ExportedProgram:
     """With a batch of any size, if the graph allows it."""
     several = torch.cat([folded.example] * 2)  # torch takes a size of 1 for a constant
-    try:
-        return torch.export.export(folded.graph, (several,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception:  # whatever torch raises where a size was taken for a number
-        return torch.export.export(folded.graph, (folded.example,))
+    with contextlib.suppress(Exception):  # whatever torch raises where a size was taken for a number
+        program = torch.export.export(folded.graph, (several,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        if program.module()(several).shape[0] == 2 * len(folded.output):
+            return program
+    return torch.export.export(folded.graph, (folded.example,))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from ..diagnostics.tables import table
 from ..host.bits import pack_bits
 from .agreement import Agreement, agreement
-from .binary_graph import OPERATOR, with_binary_convolutions
+from .binary_graph import OPERATOR, FoundLayer, with_binary_convolutions
 from .folding import fold
 
 if TYPE_CHECKING:
     import numpy as np
     import openvino
 
-__all__ = ["RuntimeLayer", "XnorModel", "runtime_core", "to_openvino"]
+__all__ = ["XnorModel", "runtime_core", "to_openvino"]
 
 Array = TypeVar("Array", Tensor, "np.ndarray[Any, Any]")
 
@@ -38,21 +38,6 @@ _NODE = "hbnn_plugin_"
 """What the names of our nodes begin with; the number of the layer follows."""
 
 
-class RuntimeLayer(NamedTuple):
-    """A layer with binary weights, or of a class that binarizes, and how OpenVINO runs it."""
-
-    name: str
-    """Its qualified name in the model."""
-    shape: tuple[int, ...]
-    """Of its weight."""
-    binary: bool
-    """Whether it runs on 1-bit operands, as the compiled model's own execution graph says."""
-    kernel: str
-    """OpenVINO's name for the code that runs it; empty for float layers."""
-    note: str
-    """Why it is a float layer, or what is assumed of it; mostly empty."""
-
-
 class XnorModel:
     """A compiled model: call it on inputs of the example's shape. Its repr is a table of its binary layers."""
 
@@ -60,13 +45,14 @@ class XnorModel:
         self,
         graph: openvino.Model,
         compiled: openvino.CompiledModel,
-        layers: tuple[RuntimeLayer, ...],
+        layers: tuple[FoundLayer, ...],
         input_shape: tuple[int, ...],
     ) -> None:
         self.graph = graph
         """For ``openvino.save_model``, or to compile it with other properties."""
         self.compiled = compiled
         self.layers = layers
+        """Those with binary weights; ``binary`` as the compiled model's own execution graph says."""
         self.input_shape = input_shape
         self.agreement: Agreement | None = None
         """With torch, on the example input."""
@@ -83,7 +69,7 @@ class XnorModel:
                 f"compiled for inputs of shape {self.input_shape}, not {tuple(x.shape)}: call to_openvino with an "
                 "example of that shape"
             )
-        array = x.detach().cpu().numpy() if isinstance(x, Tensor) else x
+        array = x.detach().cpu().float().numpy() if isinstance(x, Tensor) else x
         logits: np.ndarray[Any, Any] = self.compiled(array.astype("float32", copy=False))[0]
         logits = logits.copy()  # the runtime uses its memory again
         return torch.from_numpy(logits) if isinstance(x, Tensor) else logits
@@ -135,13 +121,12 @@ def to_openvino(
         properties["INFERENCE_NUM_THREADS"] = threads
     compiled = runtime_core().compile_model(graph, "CPU", properties)
     kernels = _binary_kernels(compiled)
-    layers, count = [], 0
-    for layer in found:
-        kernel = kernels.get(count, "") if layer.binary else ""
-        count += layer.binary
-        note = layer.note if kernel or not layer.binary else "OpenVINO runs it in float on this machine"
-        layers.append(RuntimeLayer(layer.name, layer.shape, bool(kernel), kernel, note))
-    result = XnorModel(graph, compiled, tuple(layers), tuple(folded.example.shape))
+    for i, layer in enumerate(found):
+        if i in kernels:
+            found[i] = layer._replace(kernel=kernels[i])
+        elif layer.binary:
+            found[i] = layer._replace(binary=False, note="OpenVINO runs it in float on this machine")
+    result = XnorModel(graph, compiled, tuple(found), tuple(folded.example.shape))
     result.agreement = agreement(result(folded.example), folded.output)
     result.agreement.require(tolerance, "OpenVINO")
     return result

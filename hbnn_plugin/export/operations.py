@@ -45,45 +45,24 @@ class _Counter(TorchFunctionMode):
         self.flops = FlopCounterMode(display=False)
         self.counts: defaultdict[str, Operations] = defaultdict(Operations)
         self.running: list[str] = []
-        self._settled = 0
 
     @torch.no_grad()
     def run(self, model: nn.Module, x: Tensor) -> None:
         """Count one forward."""
-        with follow(model, between=self._settle) as self.running, self.flops, self:
+        with follow(model) as self.running, self.flops, self:
             model(x)
-            self._settle()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        binary = func in CONVOLUTIONS and self.innermost in self.binary
-        binary = binary and _two_valued(args[0] if args else kwargs["input"])
-        if binary:
-            self._settle()
+        layer = self.running[-1] if self.running else ""  # the innermost; around the model's own forward the model
+        binary = func in CONVOLUTIONS and layer in self.binary and _two_valued(args[0] if args else kwargs["input"])
+        before = self.flops.get_total_flops()
         out = func(*args, **kwargs)
-        if binary:
-            self._settle(binary=True)
-        elif func in _ELEMENTWISE:
-            self._add(elementwise=_ELEMENTWISE[func] * out.numel())
+        new = (self.flops.get_total_flops() - before) // 2
+        real, signs, others = self.counts[layer]
+        others += _ELEMENTWISE[func] * out.numel() if func in _ELEMENTWISE else 0
+        self.counts[layer] = Operations(real, signs + new, others) if binary else Operations(real + new, signs, others)
         return out
-
-    @property
-    def innermost(self) -> str:
-        """The module that is running; around the model's own forward it is the model."""
-        return self.running[-1] if self.running else ""
-
-    def _settle(self, binary: bool = False) -> None:
-        """Put what has run since the last time on the account of the module that was running."""
-        total = self.flops.get_total_flops()
-        new, self._settled = (total - self._settled) // 2, total
-        if binary:
-            self._add(binary_multiply_adds=new)
-        else:
-            self._add(multiply_adds=new)
-
-    def _add(self, **new: int) -> None:
-        before = self.counts[self.innermost]
-        self.counts[self.innermost] = before._replace(**{k: getattr(before, k) + n for k, n in new.items()})
 
 
 def count_operations(model: nn.Module, x: Tensor, binary: Collection[str]) -> dict[str, Operations]:

@@ -72,7 +72,8 @@ def load_packed(path: str | os.PathLike[str], model: M) -> M:
     file, whatever that forward would make of its weight. Its weight Parameter holds ±scale and takes no gradient. The
     model is put into evaluation mode; in training mode a binary layer raises RuntimeError, since the file holds no
     latent weights. ``state_dict``, ``copy.deepcopy``, ``torch.export`` and ``torch.compile`` work as before, and
-    :func:`save_packed` writes the same bits again.
+    :func:`save_packed` writes the same bits again. (Not DataParallel on several GPUs: its replicas would look at the
+    first one's weights.)
 
     Args:
         path: of the file.

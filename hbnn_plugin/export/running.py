@@ -12,23 +12,20 @@ __all__ = ["follow"]
 
 
 @contextlib.contextmanager
-def follow(model: nn.Module, between: Callable[[], None] = lambda: None) -> Iterator[list[str]]:
+def follow(model: nn.Module) -> Iterator[list[str]]:
     """Inside, a list of the qualified names of the modules whose forward runs, the innermost last; the model's is "".
 
     Args:
         model: its modules carry a ``forward`` of their own meanwhile.
-        between: is called before each change of the list.
     """
     running: list[str] = []
 
     def followed(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            between()
             running.append(name)
             try:
                 return forward(*args, **kwargs)
             finally:
-                between()
                 running.pop()
 
         return run

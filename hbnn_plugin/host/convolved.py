@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
@@ -66,7 +67,7 @@ class _Recorder(TorchFunctionMode):
 
 def small_input(module: nn.Module, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """The smallest input the layer takes, with both signs in it."""
-    kernel = shape[2:]
+    kernel = module.kernel_size if isinstance(module, _ConvNd) else shape[2:]
     if len(shape) == 2 or isinstance(module, nn.Linear):
         size: tuple[int, ...] = (2, shape[-1])
     else:

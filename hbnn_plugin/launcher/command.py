@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
             runpy.run_module(target[0], run_name="__main__", alter_sys=True)
         else:
             sys.path.insert(0, str(Path(target[0]).resolve().parent))
-            runpy.run_path(target[0], run_name="__main__")
+            runpy.run_path(str(Path(target[0]).absolute()), run_name="__main__")
     finally:
         taken.stop()
         _finish(taken, report)
@@ -67,8 +67,8 @@ def _finish(taken: Interception, report: Path | None) -> None:
         _say(f"wrote {report}")
         for path in unread:
             _say(
-                f"{path} holds more than tensors, so it was not opened and has no fused copy; "
-                "hbnn_plugin.plain_state_dict makes the model's state_dict in it plain"
+                f"{path} could not be read as a file of tensors alone (weights_only=True), so it has no fused copy; if "
+                "it is a checkpoint, hbnn_plugin.plain_state_dict makes the model's state_dict in it plain"
             )
 
 
@@ -129,7 +129,8 @@ def _split(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[s
     flags = {flag for action in parser._actions for flag in action.option_strings if action.nargs == 0}
     i = 0
     while i < len(argv) and argv[i].startswith("-"):
-        if argv[i] == "-m":
-            return list(argv[: i + 2]), list(argv[i + 2 :])
+        if argv[i].startswith("-m"):  # -m package, or -mpackage
+            end = i + (2 if argv[i] == "-m" else 1)
+            return list(argv[:end]), list(argv[end:])
         i += 1 if argv[i] in flags or "=" in argv[i] else 2
     return list(argv[:i]), list(argv[i:])

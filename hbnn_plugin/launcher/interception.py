@@ -79,7 +79,7 @@ class Interception:
     def saved(self) -> list[Path]:
         """The files that torch.save has written since the start, and what was copied beside them (``best.pth``)."""
         kinds = {(path.parent, path.suffix) for path in self._saved}
-        beside = (path for folder, suffix in kinds for path in folder.glob(f"*{suffix}"))
+        beside = {path for folder, suffix in kinds for path in folder.iterdir() if path.suffix == suffix}
         files = (path for path in beside if path.is_file())
         return sorted(path for path in files if path in self._saved or path.stat().st_mtime >= self._started)
 
@@ -159,6 +159,8 @@ class Interception:
 
     def _before_save(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         target = args[1] if len(args) > 1 else kwargs.get("f")
+        if not isinstance(target, (str, os.PathLike)):
+            target = getattr(target, "name", None)  # of an open file
         if isinstance(target, (str, os.PathLike)):
             self._saved.add(Path(target).absolute())
         return args

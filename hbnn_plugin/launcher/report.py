@@ -66,7 +66,10 @@ def _plain(content: Any) -> Any:
     """The content with every applied model's state_dict made plain; None if there is none."""
     if isinstance(content, (list, tuple)):
         entries = [_plain(value) for value in content]
-        return [value if plain is None else plain for value, plain in zip(content, entries)] if any(entries) else None
+        if not any(entries):
+            return None
+        filled = [value if plain is None else plain for value, plain in zip(content, entries)]
+        return tuple(filled) if isinstance(content, tuple) else filled
     if not isinstance(content, Mapping):
         return None
     if holds_clusters(content):
