@@ -181,6 +181,9 @@ def test_the_ledger_survives_a_torn_last_line_and_names_a_damaged_one(tmp_path: 
     assert ledger.read(path) == [{"a": 1}]
     ledger.append(path, {"c": 3})
     assert ledger.read(path) == [{"a": 1}, {"c": 3}]
+    path.write_text(path.read_text().rstrip())  # as an editor may leave it
+    ledger.append(path, {"d": 4})
+    assert ledger.read(path) == [{"a": 1}, {"c": 3}, {"d": 4}]
     path.write_text('{"a": 1}\n{"b": \n{"c": 3}\n')
     with pytest.raises(ValueError, match="line 2"):
         ledger.read(path)
@@ -204,6 +207,16 @@ def test_two_studies_do_not_train_in_one_folder(tmp_path: Path) -> None:
         run_missing(study(), tmp_path, tmp_path / "lines.jsonl", tmp_path / "runs", 1)
     with occupied(tmp_path / "runs"):
         pass
+
+
+def test_a_run_that_fails_is_told_and_the_error_raised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data_batch_1\.bin"):
+        run_missing(study(), tmp_path / "nowhere", tmp_path / "lines.jsonl", tmp_path / "runs", 1)
+    assert (
+        "cifar10 resnet8 irnet, bare, lr 0.1, decay 0.0005, 1 epochs, seed 1000, validation: "
+        in capsys.readouterr().out
+    )
+    assert not (tmp_path / "lines.jsonl").exists()
 
 
 def test_a_run_is_not_continued_on_other_images(data: Path, tmp_path: Path) -> None:
