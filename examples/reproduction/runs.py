@@ -145,6 +145,7 @@ def execute(
         optimizer.load_state_dict(saved["optimizer"])
         progress = Progress(**saved["progress"])
         commits = list(dict.fromkeys([*saved["commits"], *commits]))
+        provenance["commit"] = ", ".join(commits)
         for _ in range(progress.epoch):
             epoch_done()
 
@@ -175,7 +176,7 @@ def execute(
             )
         except Diverged as error:
             return {"config": run.config, "diverged": str(error), **provenance}
-    line = _line(run, model, progress) | provenance | {"commit": ", ".join(commits)}
+    line = _line(run, model, progress) | provenance
     if world.rank == 0:
         if run.options is not None:
             hbnn_plugin.fuse(model)
