@@ -63,12 +63,19 @@ STUDY = [
     ("hosts/__init__.py", "siman.set_progress, decays_latent=False", "siman.set_progress, decays_latent=True", "SiMaN"),
 ]
 
+PROTOCOL = [
+    ("protocol.py", "mean(found[setting])", "found[setting][0]", "the first tuning seed decides"),
+    ("protocol.py", "reverse=True)[: case", "reverse=False)[: case", "the worst are the finalists"),
+    ("protocol.py", "self.pairs if self.is_tuned(*pair, lines) for", "self.pairs for", "fresh seeds before the tuning"),
+]
+
 STUDY_TESTS = ("tests/test_study_runs.py", "tests/test_reproduction_reports.py", "tests/test_training.py")
 
 SUITES = [
     ("hbnn_plugin", MAP, ("tests/test_map.py", "tests/test_map_torch.py")),
     ("examples/hosts", HOSTS, ("tests/test_example_hosts.py",)),
     ("examples", STUDY, (*STUDY_TESTS, "tests/test_image_sets.py")),
+    ("examples/reproduction", PROTOCOL, ("tests/test_reproduction.py",)),
 ]
 
 

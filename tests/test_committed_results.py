@@ -51,7 +51,7 @@ def table_rows(text: str) -> list[list[str]]:
 def test_the_first_table_of_readme_quotes_the_committed_one() -> None:
     report = table_rows((RESULTS / "table5-small.md").read_text(encoding="utf-8"))
     committed = {(row[0].split(", ")[-1], row[1]): row for row in report if row[0].startswith("cifar10 resnet8, ")}
-    quoted = table_rows(README[README.index("| host | alone |") : README.index("The default goes")])[1:]
+    quoted = table_rows(README[README.index("| host | alone |") : README.index("Two commands")])[1:]
     assert len(quoted) == len(HOSTS) + 1
     for name, alone, with_plugin, gain in quoted:
         host = HOSTS[name.split(",")[0]]

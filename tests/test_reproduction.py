@@ -40,23 +40,23 @@ def study(seeds: int = 2, arms: tuple[str, ...] = ("bare", "HBNN")) -> Study:
     return Study([CASE], {arm: ARMS[arm] for arm in arms}, seeds, compiled=False)
 
 
-def test_tuning_sees_the_whole_grid_then_the_best_at_full_length_and_never_the_test_set() -> None:
+def test_tuning_sees_the_whole_grid_then_the_best_with_further_seeds_and_never_the_test_set() -> None:
     s, done = study(), []
     rounds = []
     while missing := s.missing(Lines(done)):
         rounds.append(missing)
         done += [line(run, run.recipe.lr if run.arm == "bare" else 1 - run.recipe.lr) for run in missing]
-    grid, finals, neighbours, fresh = rounds
-    tuning = (*grid, *finals, *neighbours)
+    first, second, fresh = rounds
+    tuning = (*first, *second)
     assert {run.split for run in tuning} == {"validation"}
-    assert {(run.arm, run.recipe.lr) for run in grid} == {(a, lr) for a in s.arms for lr in TASK.learning_rates}
-    assert {run.recipe.epochs for run in grid} == {TASK.short_epochs}
-    assert {(run.arm, run.recipe.lr) for run in finals} == {("bare", 0.3), ("HBNN", 0.1)}
-    assert {(run.arm, run.recipe.lr) for run in neighbours} == {("bare", 0.1), ("HBNN", 0.3)}
-    assert {run.recipe.epochs for run in (*finals, *neighbours)} == {TASK.epochs}
+    assert {run.recipe.epochs for run in (*tuning, *fresh)} == {TASK.epochs}
+    everything = {(arm, lr) for arm in s.arms for lr in TASK.learning_rates}  # there are as many finalists
+    assert {(run.arm, run.recipe.lr) for run in first} == {(run.arm, run.recipe.lr) for run in second} == everything
+    assert [{run.recipe.seed for run in round_} for round_ in (first, second)] == [{1000}, {1001}]
     assert [(run.arm, run.recipe.seed) for run in fresh] == [("bare", 0), ("HBNN", 0), ("bare", 1), ("HBNN", 1)]
+    assert {run.recipe.lr for run in fresh if run.arm == "bare"} == {0.3}
+    assert {run.recipe.lr for run in fresh if run.arm == "HBNN"} == {0.1}
     assert {run.split for run in fresh} == {"test"}
-    assert {run.recipe.seed for run in fresh}.isdisjoint({run.recipe.seed for run in tuning})
     assert s.epochs_left(Lines(done)) == 0
 
 
@@ -92,51 +92,76 @@ def test_an_arm_may_take_the_settings_of_another_which_need_not_be_compared() ->
 
 def test_a_diverged_run_loses_the_tuning() -> None:
     s = study()
-    done = [line(run, 0.5) for run in s.grid(CASE, "bare")]
+    done = [line(run, 0.5) for run in s.first_round(CASE, "bare", Lines([]))]
     done[0] = {"config": done[0]["config"], "diverged": "The training loss is nan"}
-    (final,) = s.finals(CASE, "bare", Lines(done))
-    assert final.recipe.lr == TASK.learning_rates[1]
+    assert s.setting(CASE, "bare", Lines(done)) == (TASK.learning_rates[1], 5e-4)
 
 
-def test_every_finalist_has_a_learning_rate_of_its_own_and_the_winner_walks_to_where_no_neighbour_is_better() -> None:
-    task = replace(
-        TASK, learning_rates=(0.1, 0.3, 0.6), weight_decays=(1e-4, 5e-4), finalists=2, wider=((0.03,), (1e-3,))
-    )
-    s = Study([Case(task, CASE.host)], {"bare": ARMS["bare"]}, 1, compiled=False)
-    accuracy = {(0.6, 1e-4): 0.5, (0.6, 5e-4): 0.49, (0.3, 5e-4): 0.48, (0.3, 1e-4): 0.47}
-    grid = s.grid(s.cases[0], "bare")
-    done = [line(run, accuracy.get((run.recipe.lr, run.recipe.weight_decay), 0.4)) for run in grid]
-    finals = s.finals(s.cases[0], "bare", Lines(done))
-    assert [(run.recipe.lr, run.recipe.weight_decay) for run in finals] == [(0.6, 1e-4), (0.3, 5e-4)]
+WIDE = replace(
+    TASK,
+    learning_rates=(0.1, 0.3),
+    weight_decays=(1e-4, 5e-4),
+    wider=((0.03, 0.6), (1e-3,)),
+    finalists=2,
+    tuning_seeds=3,
+)
+
+
+def test_the_winner_walks_beyond_the_grid_to_where_no_neighbour_is_better() -> None:
+    s = Study([Case(WIDE, CASE.host)], {"bare": ARMS["bare"]}, 1, compiled=False)
+    done: list[dict[str, Any]] = []
     rounds = []
     assert s.setting(s.cases[0], "bare", Lines(done)) is None
-    while missing := [run for run in s.finals(s.cases[0], "bare", Lines(done)) if run not in Lines(done)]:
+    while missing := [run for run in s.first_round(s.cases[0], "bare", Lines(done)) if run not in Lines(done)]:
         rounds.append({(run.recipe.lr, run.recipe.weight_decay) for run in missing})
         assert not s.is_tuned(s.cases[0], "bare", Lines(done))
-        assert {run.recipe.seed for run in s.missing(Lines(done))} == {finals[0].recipe.seed}, "no fresh seeds yet"
-        done += [line(run, 0.5 - abs(run.recipe.lr - 0.1) - abs(run.recipe.weight_decay - 1e-3)) for run in missing]
+        assert s.missing(Lines(done)) == missing, "no further seeds yet"
+        done += [line(run, 0.5 - abs(run.recipe.lr - 0.03) - abs(run.recipe.weight_decay - 1e-3)) for run in missing]
     assert rounds == [
-        {(0.6, 1e-4), (0.3, 5e-4)},
-        {(0.1, 5e-4), (0.3, 1e-4), (0.3, 1e-3), (0.6, 5e-4)},
-        {(0.03, 5e-4), (0.1, 1e-4), (0.1, 1e-3)},
-        {(0.03, 1e-3)},
+        {(0.1, 1e-4), (0.1, 5e-4), (0.3, 1e-4), (0.3, 5e-4)},
+        {(0.03, 5e-4), (0.1, 1e-3)},
+        {(0.03, 1e-4), (0.03, 1e-3)},
     ]
-    assert s.setting(s.cases[0], "bare", Lines(done)) == (0.1, 1e-3)
+    assert s.setting(s.cases[0], "bare", Lines(done)) == (0.03, 1e-3)
+    finalists = {(run.recipe.lr, run.recipe.weight_decay) for run in s.missing(Lines(done))}
+    assert finalists == {(0.03, 1e-3), (0.03, 5e-4)}
+
+
+def test_the_mean_over_all_tuning_seeds_decides_between_the_finalists() -> None:
+    s = Study([Case(WIDE, CASE.host)], {"bare": ARMS["bare"]}, 1, compiled=False)
+    accuracy = {  # by setting: with the first seed, and with each of the others
+        (0.1, 1e-4): (0.60, 0.50),
+        (0.3, 1e-4): (0.59, 0.58),
+        (0.1, 5e-4): (0.58, 0.70),
+    }
+
+    def reading(run: Run) -> float:
+        first, others = accuracy.get((run.recipe.lr, run.recipe.weight_decay), (0.5, 0.5))
+        return first if run.recipe.seed == 1000 else others
+
+    done: list[dict[str, Any]] = []
+    while (missing := s.missing(Lines(done))) and missing[0].split == "validation":
+        done += [line(run, reading(run)) for run in missing]
+    assert s.is_tuned(s.cases[0], "bare", Lines(done))
+    assert s.setting(s.cases[0], "bare", Lines(done)) == (0.3, 1e-4)
+    found = s.readings(s.cases[0], "bare", Lines(done))
+    assert found[0.1, 1e-4] == pytest.approx([0.6, 0.5, 0.5])
+    assert found[0.1, 5e-4] == pytest.approx([0.58]), "it was no finalist"
+    assert {run.recipe.weight_decay for run in missing} == {1e-4}
 
 
 def test_a_name_changes_no_configuration_and_every_option_does() -> None:
-    first = study().grid(CASE, "HBNN")[0]
+    first = study().first_round(CASE, "HBNN", Lines([]))[0]
     renamed = Run(**{**vars(first), "arm": "another name"})
     other = Run(**{**vars(first), "options": {**(first.options or {}), "radius": 0.1}})
     assert first.key == renamed.key != other.key
 
 
 def test_a_line_from_before_the_recipe_named_an_optimizer_was_of_sgd() -> None:
-    s = study()
-    old = line(s.grid(CASE, "bare")[0], 0.5)
+    sgd, muon = study(arms=("bare", "bare, Muon")).missing(Lines([]))[:: len(TASK.grid)]
+    old = line(sgd, 0.5)
     del old["config"]["recipe"]["optimizer"]
-    muon = Study([CASE], {"bare, Muon": ARMS["bare, Muon"]}, 1, compiled=False).grid(CASE, "bare, Muon")[0]
-    assert s.grid(CASE, "bare")[0] in Lines([old])
+    assert sgd in Lines([old])
     assert muon not in Lines([old])
 
 
@@ -213,7 +238,7 @@ def test_a_run_that_fails_is_told_and_the_error_raised(tmp_path: Path, capsys: p
     with pytest.raises(FileNotFoundError, match=r"data_batch_1\.bin"):
         run_missing(study(), tmp_path / "nowhere", tmp_path / "lines.jsonl", tmp_path / "runs", 1)
     assert (
-        "cifar10 resnet8 irnet, bare, lr 0.1, decay 0.0005, 1 epochs, seed 1000, validation: "
+        "cifar10 resnet8 irnet, bare, lr 0.1, decay 0.0005, 2 epochs, seed 1000, validation: "
         in capsys.readouterr().out
     )
     assert not (tmp_path / "lines.jsonl").exists()
@@ -237,7 +262,7 @@ def test_a_run_is_not_continued_on_other_images(data: Path, tmp_path: Path) -> N
 
 def test_lines_from_another_copy_of_the_images_are_refused(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
-    run = study().grid(CASE, "bare")[0]
+    run = study().missing(Lines([]))[0]
     require_same_images(path, ["cifar10"], data)  # no lines yet
     ledger.append(path, {**line(run, 0.5), "dataset_crc32": cifar.checksum(data)})
     require_same_images(path, ["cifar10"], data)

@@ -30,9 +30,18 @@ CASES = EXPERIMENTS["table5"].cases(SMOKE, ["irnet"], ["resnet8"])
 
 def test_the_tuning_table_says_what_diverged() -> None:
     study = EXPERIMENTS["table5"].study(SMOKE, CASES, [BARE])
-    first, second = study.grid(CASES[0], BARE)
+    first, second = study.missing(Lines([]))
     table = tuning_table(study, Lines([{"config": first.config, "diverged": "nan"}, line(second, 0.25)]))
-    assert table.splitlines()[2:] == ["| 0.1, 0.0005 | diverged |", "| 0.3, 0.0005 | 25.0 |"]
+    assert table.splitlines()[2:] == ["| 0.1, 0.0005 | diverged |", "| 0.3, 0.0005 | **25.0** |"]
+
+
+def test_the_tuning_table_compares_the_settings_at_which_neither_arm_diverged() -> None:
+    study = EXPERIMENTS["table5"].study(SMOKE, CASES, [BARE, "HBNN"])
+    bare, hbnn = (study.first_round(CASES[0], arm, Lines([])) for arm in study.arms)
+    diverged = {"config": hbnn[1].config, "diverged": "nan"}
+    done = [line(bare[0], 0.25), line(bare[1], 0.3), line(hbnn[0], 0.35), diverged]
+    table = tuning_table(study, Lines(done))
+    assert table.splitlines()[-1] == "| mean difference from bare at the same settings |  | +10.0, 1 of 1 above |"
 
 
 def test_seeds_are_paired() -> None:

@@ -20,12 +20,11 @@ class Task:
     batch_size: int
     learning_rates: tuple[float, ...]
     weight_decays: tuple[float, ...]
-    short_epochs: int = 0
-    """Of the first tuning round, which sees the whole grid; a grid of one point is not tuned."""
-    finalists: int = 3
-    """Learning rates that reach the second tuning round, of the full length, each with its best weight decay."""
     wider: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
-    """Further learning rates and weight decays that tuning may reach from its best point at the full length."""
+    """Further learning rates and weight decays that tuning may reach from its best point."""
+    finalists: int = 3
+    """Settings that all tuning seeds decide between."""
+    tuning_seeds: int = 3
     readout: int = 1
     """Accuracy is the mean over so many last epochs."""
     limit: int | None = None
@@ -33,7 +32,7 @@ class Task:
 
     @property
     def grid(self) -> list[tuple[float, float]]:
-        """Learning rate and weight decay of each point that tuning may choose."""
+        """The settings, learning rate and weight decay, that tuning tries; a single one is not tuned."""
         return list(product(self.learning_rates, self.weight_decays))
 
     @property
@@ -73,7 +72,7 @@ class Preset:
 def _medium(dataset: str, arch: str) -> Task:
     # 120 epochs is where the paper's Table I is read
     grid = (0.1, 0.3, 0.6), (1e-4, 2e-4, 5e-4)
-    return Task(dataset, arch, 32, 120, 256, *grid, short_epochs=30, wider=((0.03, 1.2), (5e-5, 1e-3)))
+    return Task(dataset, arch, 32, 120, 256, *grid, wider=((0.03, 1.2), (5e-5, 1e-3)))
 
 
 def _paper(dataset: str, arch: str) -> Task:
@@ -88,7 +87,7 @@ def _imagenet(arch: str) -> Task:
 PRESETS = {
     "smoke": Preset(
         (
-            Task("cifar10", "resnet8", 16, 2, 32, (0.1, 0.3), (5e-4,), short_epochs=1, finalists=1, limit=160),
+            Task("cifar10", "resnet8", 16, 2, 32, (0.1, 0.3), (5e-4,), finalists=2, tuning_seeds=2, limit=160),
             Task("imagenet", "resnet18_imagenet", 32, 2, 4, (0.1,), (1e-4,), readout=2),
         ),
         seeds=2,
@@ -103,10 +102,9 @@ PRESETS = {
                 16,
                 40,
                 128,
-                (0.1, 0.3, 0.6, 1.2),
+                (0.1, 0.3, 0.6),
                 (1e-4, 2e-4, 5e-4),
-                short_epochs=10,
-                wider=((0.03,), (5e-5, 1e-3)),
+                wider=((0.03, 1.2), (5e-5, 1e-3)),
             ),
         ),
         seeds=5,

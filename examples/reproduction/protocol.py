@@ -1,9 +1,10 @@
 """Which runs a comparison needs next, given the lines so far.
 
 Protocol, the same for every arm: the learning rate and the weight decay come from the same grid, by accuracy on
-held-out training images. The whole grid trains at a short schedule, which favours large steps; so the best learning
-rates, each with its best decay, train at the full one, then the winner's neighbours, and so on until no neighbour is
-better. Fresh seeds with the winner train on all training images and are read on the test set, after the last epoch.
+held-out training images. The whole grid trains with one seed, then the winner's neighbours beyond it, and so on until
+no neighbour is better. Then the best few train with further seeds, and the best mean wins: one seed cannot tell them
+apart. Fresh seeds with the winner train on all training images and are read on the test set, after the last epoch.
+Shorter schedules play no part: they favour large steps.
 
 An arm may take another one's settings instead (``Arm.tuned_as``): all radii of Table I train alike, and an ablation
 asks what a part of one arm does, all else equal.
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
     from reproduction.arms import Arm
     from reproduction.presets import Task
 
-__all__ = ["Case", "Lines", "Study"]
+__all__ = ["Case", "Lines", "Setting", "Study"]
 
 TUNING_SEED = 1000
-"""Of tuning runs; fresh seeds count from 0."""
+"""Of the first tuning runs, the others count from there; fresh seeds count from 0."""
+
+Setting = tuple[float, float]
+"""Learning rate and weight decay."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,16 @@ class Study:
 
     def tuned_as(self, arm: str) -> str:
         """The arm whose learning rate and weight decay this one takes: as a rule, itself."""
-        return self.arms[arm].tuned_as or arm
+        return self._arm(arm).tuned_as or arm
+
+    def _arm(self, name: str) -> Arm:
+        """Also one that is tuned for another and not compared."""
+        return self.arms.get(name) or ARMS[name]
 
     def run(self, case: Case, arm: str, lr: float, decay: float, epochs: int, seed: int, split: Split) -> Run:
         """One run of this study."""
         task = case.task
-        chosen = self.arms.get(arm) or ARMS[arm]
+        chosen = self._arm(arm)
         recipe = Recipe(epochs, task.batch_size, lr, weight_decay=decay, seed=seed, optimizer=chosen.optimizer)
         return Run(
             case.host,
@@ -108,52 +116,59 @@ class Study:
             self.compiled,
         )
 
-    def grid(self, case: Case, arm: str) -> list[Run]:
-        """The first tuning round; empty where there is nothing to choose."""
-        points, epochs = case.task.grid, case.task.short_epochs
-        if len(points) == 1:
-            return []
-        return [self.run(case, arm, lr, decay, epochs, TUNING_SEED, "validation") for lr, decay in points]
+    def first_round(self, case: Case, arm: str, lines: Lines) -> list[Run]:
+        """The grid with the first tuning seed, and what else of its reach has run.
 
-    def finals(self, case: Case, arm: str, lines: Lines) -> list[Run]:
-        """The second tuning round as far as it is known, and all else of its length that has run.
-
-        Empty while the first is unfinished. Once all has run, the neighbours of the best, which have yet to: so the
-        walk takes a step whenever this is asked anew.
+        Once all of that has, the neighbours of the best, which have yet to: so the walk takes a step whenever this is
+        asked anew. Empty where there is nothing to choose.
         """
-        grid = self.grid(case, arm)
-        if not grid or not lines.done(grid):
+        task = case.task
+        if len(task.grid) == 1:
             return []
-
-        def whole(point: tuple[float, float]) -> Run:
-            return self.run(case, arm, *point, case.task.epochs, TUNING_SEED, "validation")
-
-        by_rate: dict[float, tuple[float, float]] = {}
-        for run in sorted(grid, key=lines.accuracy, reverse=True):
-            by_rate.setdefault(run.recipe.lr, (run.recipe.lr, run.recipe.weight_decay))
-        found = {point: whole(point) for point in list(by_rate.values())[: case.task.finalists]}
-        found |= {point: run for point in case.task.reachable if (run := whole(point)) in lines}
+        found = {setting: self._tuning_run(case, arm, setting) for setting in task.grid}
+        found |= {setting: run for setting in task.reachable if (run := self._tuning_run(case, arm, setting)) in lines}
         if lines.done(found.values()):
-            top = max(found, key=lambda point: lines.accuracy(found[point]))
-            found |= {point: whole(point) for point in case.task.neighbours(*top) if point not in found}
+            top = max(found, key=lambda setting: lines.accuracy(found[setting]))
+            found |= {s: self._tuning_run(case, arm, s) for s in task.neighbours(*top) if s not in found}
         return list(found.values())
+
+    def second_round(self, case: Case, arm: str, lines: Lines) -> list[Run]:
+        """The finalists with the other tuning seeds; empty while the first round is unfinished."""
+        first = self.first_round(case, arm, lines)
+        if not lines.done(first):
+            return []
+        best = sorted(first, key=lines.accuracy, reverse=True)[: case.task.finalists]
+        return [
+            self._tuning_run(case, arm, (run.recipe.lr, run.recipe.weight_decay), seed)
+            for seed in range(1, case.task.tuning_seeds)
+            for run in best
+        ]
+
+    def _tuning_run(self, case: Case, arm: str, setting: Setting, seed: int = 0) -> Run:
+        return self.run(case, arm, *setting, case.task.epochs, TUNING_SEED + seed, "validation")
 
     def is_tuned(self, case: Case, arm: str, lines: Lines) -> bool:
         """Whether tuning has nothing more to ask."""
         arm = self.tuned_as(arm)
-        finals = self.finals(case, arm, lines)
-        return not self.grid(case, arm) or (bool(finals) and lines.done(finals))
+        return all(lines.done(runs(case, arm, lines)) for runs in (self.first_round, self.second_round))
 
-    def setting(self, case: Case, arm: str, lines: Lines) -> tuple[float, float] | None:
-        """Learning rate and decay that win the tuning, or lead it so far; None before a run of the full length."""
+    def readings(self, case: Case, arm: str, lines: Lines) -> dict[Setting, list[float]]:
+        """Accuracy on held-out images by setting, one a tuning seed, of what has run."""
+        found: dict[Setting, list[float]] = {}
+        for run in (*self.first_round(case, arm, lines), *self.second_round(case, arm, lines)):
+            if run in lines:
+                found.setdefault((run.recipe.lr, run.recipe.weight_decay), []).append(lines.accuracy(run))
+        return found
+
+    def setting(self, case: Case, arm: str, lines: Lines) -> Setting | None:
+        """Learning rate and decay that win the tuning, or lead it so far; None before its first run."""
         arm = self.tuned_as(arm)
-        if not self.grid(case, arm):
+        if len(case.task.grid) == 1:
             return case.task.grid[0]
-        done = [run for run in self.finals(case, arm, lines) if run in lines]
-        if not done:
-            return None
-        best = max(done, key=lines.accuracy)
-        return best.recipe.lr, best.recipe.weight_decay
+        found = self.readings(case, arm, lines)
+        seeds = max(map(len, found.values()), default=0)
+        most_read = [setting for setting in found if len(found[setting]) == seeds]
+        return max(most_read, key=lambda setting: mean(found[setting]), default=None)
 
     def fresh(self, case: Case, arm: str, lines: Lines) -> list[Run]:
         """The runs on the test set at this setting."""
@@ -164,19 +179,19 @@ class Study:
 
     def missing(self, lines: Lines) -> list[Run]:
         """What can run now: tuning before fresh seeds, and of these one seed of every arm before the next."""
-        grids = [run for pair in self.tuned_pairs for run in self.grid(*pair)]
-        finals = [run for pair in self.tuned_pairs for run in self.finals(*pair, lines)]
+        first = [run for pair in self.tuned_pairs for run in self.first_round(*pair, lines)]
+        second = [run for pair in self.tuned_pairs for run in self.second_round(*pair, lines)]
         fresh = [run for pair in self.pairs if self.is_tuned(*pair, lines) for run in self.fresh(*pair, lines)]
         fresh.sort(key=lambda run: run.recipe.seed)
-        return [run for run in (*grids, *finals, *fresh) if run not in lines]
+        return [run for run in (*first, *second, *fresh) if run not in lines]
 
     def epochs_left(self, lines: Lines) -> int:
         """Of everything that is known to be needed; tuning may ask for more neighbours."""
-        missing = self.missing(lines)
-        left = sum(run.recipe.epochs for run in missing)
+        left = sum(run.recipe.epochs for run in self.missing(lines))
         for case, arm in self.tuned_pairs:
-            if self.grid(case, arm) and not self.finals(case, arm, lines):
-                left += min(case.task.finalists, len(case.task.learning_rates)) * case.task.epochs
+            task = case.task
+            if not lines.done(self.first_round(case, arm, lines)):
+                left += min(task.finalists, len(task.grid)) * (task.tuning_seeds - 1) * task.epochs
         for case, arm in self.pairs:
             if not self.is_tuned(case, arm, lines):
                 left += self.seeds * case.task.epochs

@@ -53,7 +53,7 @@ def write_report(
         text = comparison_table(comparison, lines) + "\n"
         if tuning := tuning_table(comparison, lines):
             text += (
-                "\nTuning: accuracy on held-out training images, short round → full length, in %.\n\n" + tuning + "\n"
+                "\nTuning: accuracy on held-out training images in %, one reading a tuning seed.\n\n" + tuning + "\n"
             )
     text = f"{EXPERIMENTS[experiment].title}\n\n{text}"
     checkpoints.write_text(path.with_suffix(".md"), text)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from reproduction.protocol import Case, Lines, Study
+    from reproduction.protocol import Case, Lines, Setting, Study
     from reproduction.search import Search
 
 __all__ = ["accuracies", "comparison_table", "difference", "finished", "search_table", "tuning_table"]
@@ -23,11 +23,11 @@ _STEADIER = 5
 """Epochs of a second reading, less noisy than the last epoch alone."""
 
 _NOTE = (
-    "Differences are paired by seed. Their intervals are over training seeds, at the settings that tuning chose on one "
-    "seed, on one test set. With few seeds the bootstrap's are too narrow: trust the t interval. What they leave out: "
-    "tuning reads one seed on 5,000 images, each time with a standard error of 0.7 points or so, so another tuning "
-    "seed might have chosen other settings. The seeds that would decide are those of a new study, fixed beforehand; to "
-    "add seeds until an interval lies clear of zero finds differences that are none."
+    "Differences are paired by seed. Their intervals are over training seeds, at the settings that tuning chose, on "
+    "one test set. With few seeds the bootstrap's are too narrow: trust the t interval. What they leave out: tuning "
+    "reads few seeds on 5,000 images, each reading with a standard error of 0.7 points or so, so other tuning seeds "
+    "might have chosen other settings; *so far* means that it has not ended. The seeds that would decide are those of "
+    "a new study, fixed beforehand; to add seeds until an interval lies clear of zero finds differences that are none."
 )
 
 
@@ -120,27 +120,33 @@ def _difference_cells(d: Difference | None, comparisons: int) -> list[str]:
 
 
 def tuning_table(study: Study, lines: Lines) -> str:
-    """Accuracy in % on held-out training images over the grid, short round → full length; one table a case."""
-    return "\n\n".join(_tuning(study, case, lines) for case in study.cases if len(case.task.grid) > 1)
+    """Accuracy in % on held-out training images by setting, one reading a tuning seed; one table a case."""
+    return "\n\n".join(filter(None, (_tuning(study, case, lines) for case in study.cases)))
 
 
 def _tuning(study: Study, case: Case, lines: Lines) -> str:
     tuned = [arm for of, arm in study.tuned_pairs if of == case]
-    arms = [arm for arm in tuned if any(run in lines for run in study.grid(case, arm))]
-    points = {point: [_tuned(study, case, arm, point, lines) for arm in arms] for point in case.task.reachable}
-    rows = [[f"{lr:g}, {decay:g}", *cells] for (lr, decay), cells in points.items() if any(cells)]
-    return table([f"{case}: lr, decay", *arms], rows)
+    readings = {arm: found for arm in tuned if (found := study.readings(case, arm, lines))}
+    if not readings:
+        return ""
+    best = {arm: study.setting(case, arm, lines) for arm in readings}
+
+    def cell(arm: str, setting: Setting) -> str:
+        found = [f"{100 * x:.1f}" if x else "diverged" for x in readings[arm].get(setting, [])]
+        return f"**{', '.join(found)}**" if setting == best[arm] else ", ".join(found)
+
+    cells = {setting: [cell(arm, setting) for arm in readings] for setting in case.task.reachable}
+    rows = [[f"{lr:g}, {decay:g}", *row] for (lr, decay), row in cells.items() if any(row)]
+    if BARE in readings and len(readings) > 1:
+        shared = [_at_the_same_settings(readings[arm], readings[BARE]) for arm in readings if arm != BARE]
+        rows.append([f"mean difference from {BARE} at the same settings", "", *shared])
+    return table([f"{case}: lr, decay", *readings], rows)
 
 
-def _tuned(study: Study, case: Case, arm: str, point: tuple[float, float], lines: Lines) -> str:
-    rounds = ("", study.grid(case, arm)), ("→ ", study.finals(case, arm, lines))
-    found = [
-        arrow + ("diverged" if "diverged" in lines.of(run) else f"{100 * lines.accuracy(run):.1f}")
-        for arrow, runs in rounds
-        for run in runs
-        if run in lines and (run.recipe.lr, run.recipe.weight_decay) == point
-    ]
-    return " ".join(found)
+def _at_the_same_settings(mine: Mapping[Setting, list[float]], other: Mapping[Setting, list[float]]) -> str:
+    """With the first tuning seed, where neither diverged: what a host gains that is not tuned anew."""
+    gains = [100 * (mine[s][0] - other[s][0]) for s in mine.keys() & other.keys() if mine[s][0] and other[s][0]]
+    return f"{statistics.mean(gains):+.1f}, {sum(gain > 0 for gain in gains)} of {len(gains)} above" if gains else ""
 
 
 def search_table(search: Search, lines: Lines) -> str:
