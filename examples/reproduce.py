@@ -3,6 +3,7 @@
     python examples/reproduce.py table5 --preset small --data DIR     # runs what is missing; stop and repeat at will
     python examples/reproduce.py table5 --preset small --plan         # what is missing, in order
     python examples/reproduce.py table5 --preset small --report       # tables and pictures, from the committed lines
+    python examples/reproduce.py table5 --setting 0.1 5e-4 --data DIR   # every arm at this rate and decay
     torchrun --nproc_per_node 8 examples/reproduce.py table5 --preset paper --archs resnet18_imagenet --data DIR
 
 Experiments: table1 (radius), table2 (1/1 and 1/32 networks), table5 (on top of existing methods), fig3 (flips), fig4
@@ -44,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     surfaces = args.results / f"fig5-{args.preset}.jsonl" if args.experiment == "fig5" else None
     try:
         cases = experiment.cases(preset, args.hosts, args.archs)
-        study = experiment.study(preset, cases, args.arms, args.seeds)
+        given = tuple(args.setting) if args.setting else None
+        study = experiment.study(preset, cases, args.arms, args.seeds, given)
+        if given and args.experiment == "search":
+            raise ValueError("a search takes the setting at which the bare host does best: leave --setting out")
         comparison = experiment.search(preset, cases, args.arms) if args.experiment == "search" else study
         lines = Lines(ledger.read(path))
         if args.plan:
@@ -52,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(run)
             for pair in missing_surfaces(study, lines, surfaces) if surfaces else ():
                 print("surface of", *pair)
-            print(f"{comparison.epochs_left(lines):,} epochs, and what tuning may ask for beyond")
+            beyond = "" if given else ", and what tuning may ask for beyond"
+            print(f"{comparison.epochs_left(lines):,} epochs{beyond}")
         elif args.report:
-            write_report(
-                args.experiment, comparison, lines, args.results / f"{args.experiment}-{args.preset}", surfaces
-            )
+            name = "-".join([args.experiment, args.preset, *(f"{number:g}" for number in given or ())])
+            write_report(args.experiment, comparison, lines, args.results / name, surfaces)
         else:
             require_same_images(path, (case.task.dataset for case in cases), args.data)
             world = World.from_environment()
@@ -85,6 +89,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--hosts", nargs="+", choices=sorted(HOSTS), default=[], help="by default the experiment's own")
     add("--archs", nargs="+", choices=sorted(NETWORKS), default=[], help="by default the preset's own")
     add("--arms", nargs="+", choices=ARMS, default=[], metavar="ARM", help="by default the experiment's own")
+    add("--setting", nargs=2, type=float, metavar=("LR", "DECAY"), help="of all arms; by default each is tuned")
     add("--seeds", type=int, default=0, help="fresh seeds; by default the preset's")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each (%(default)s); on a GPU they share it")
     add("--results", type=Path, default=RESULTS, help="folder of the finished runs' lines (%(default)s)")

@@ -25,7 +25,11 @@ TABLE5 = re.search(r"reproduce\.py (table5 .*) --report", README)
 assert TABLE5, "README names the command of its table"
 REPORTS = {
     "table5-small.md": ("reproduce-small.jsonl", reproduce.main, shlex.split(TABLE5[1])),
-    "ablation-small.md": ("reproduce-small.jsonl", reproduce.main, ["ablation"]),
+    "ablation-small-0.6-0.0001.md": (
+        "reproduce-small.jsonl",
+        reproduce.main,
+        ["ablation", "--setting", "0.6", "1e-4"],
+    ),
     "training-cost.md": ("training-cost.jsonl", benchmark_training.main, []),
     "latency.md": ("latency.jsonl", benchmark_latency.main, []),
 }

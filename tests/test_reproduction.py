@@ -29,6 +29,7 @@ from reproduction.presets import PRESETS
 from reproduction.protocol import Case, Lines, Study
 from reproduction.runs import Run, execute
 from reproduction.statistics import paired
+from reproduction.tables import comparison_table
 from study_lines import line
 
 REPRODUCE = Path(__file__).parent.parent / "examples" / "reproduce.py"
@@ -74,6 +75,17 @@ def test_an_ablation_tunes_one_arm_and_gives_all_others_its_settings() -> None:
     fresh = [d["config"] for d in done if d["config"]["split"] == "test"]
     assert [(c["arm"], c["recipe"]["lr"]) for c in fresh] == [("Euclidean", 0.1), ("HBNN", 0.1)] * 2
     assert s.epochs_left(Lines(done)) == 0
+
+
+def test_at_a_given_setting_nothing_is_tuned() -> None:
+    s = Experiment("", (), (), ("bare", "HBNN"), seeds=2).study(PRESETS["smoke"], [CASE], given=(0.2, 3e-4))
+    runs = s.missing(Lines([]))
+    assert {(run.recipe.lr, run.recipe.weight_decay, run.split) for run in runs} == {(0.2, 3e-4, "test")}
+    assert [(run.arm, run.recipe.seed) for run in runs] == [("bare", 0), ("HBNN", 0), ("bare", 1), ("HBNN", 1)]
+    assert s.epochs_left(Lines([])) == 4 * TASK.epochs
+    done = Lines([line(run, 0.5) for run in runs])
+    assert s.missing(done) == []
+    assert "| 0.2, 0.0003, given | 50.00 ± 0.00 (2) |" in comparison_table(s, done)
 
 
 def test_an_arm_may_take_the_settings_of_another_which_need_not_be_compared() -> None:

@@ -36,10 +36,10 @@ def test_the_defaults(options: dict[str, Any], expected: dict[str, Any]) -> None
 
 
 def test_the_readme_names_them() -> None:
-    assert "| `point_lr`, `point_lr_power` | 0.15, 0.75 / 1, 1 |" in README
-    assert "| `point_momentum`, `point_decay` | 0.95, 0.02 / 0, 0 |" in README
+    assert "| `point_lr`, `point_lr_power` | 0.15, 0.75 (other rules: 1, 1) |" in README
+    assert "| `point_momentum`, `point_decay` | 0.95, 0.02 (other rules: 0, 0) |" in README
     for name, value in (("space", "ball"), ("per", "filter"), ("rule", "spectral"), ("order", "simultaneous")):
         assert re.search(rf'\| `{name}` \| `"{value}"` \|', README)
-    assert "| `radius` | 0.05 / 1.0 |" in README
+    assert "| `radius` | 0.05 (sphere: 1.0) |" in README
     assert "| `relative` | `False` |" in README
-    assert "| `start` | 0 / 1 |" in README
+    assert "| `start` | 0 (sphere: 1) |" in README

@@ -23,7 +23,9 @@ _WAYS = (HOST, APPLIED, FUSED, FOLDED, CHANNELS_LAST, FLOAT, INT8, BINARY)
 _HEAD = """# Latency
 
 Made by `python examples/benchmark_latency.py --report` from `latency.jsonl`. Medians over turns in one process, in
-which all ways run one after another, with 95 % bootstrap intervals; ratios are taken within a turn.
+which all ways run one after another, with 95 % bootstrap intervals; ratios are taken within a turn. Load: the machine's
+load average meanwhile. int8, quantized by NNCF's defaults without training, is here for its speed: its outputs differ
+from the host's.
 """
 
 

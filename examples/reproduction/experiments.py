@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from reproduction.presets import Preset
+    from reproduction.protocol import Setting
 
 __all__ = ["EXPERIMENTS", "Experiment"]
 
@@ -39,8 +40,16 @@ class Experiment:
             raise ValueError(f"no {' or '.join(archs)} in this experiment, which has {', '.join(map(str, tasks))}")
         return [Case(task, host) for task in chosen for host in hosts or self.hosts]
 
-    def study(self, preset: Preset, cases: Sequence[Case], arms: Sequence[str] = (), seeds: int = 0) -> Study:
-        """Its arms, tuned and then on fresh seeds; by default all arms and its own or the preset's seeds.
+    def study(
+        self,
+        preset: Preset,
+        cases: Sequence[Case],
+        arms: Sequence[str] = (),
+        seeds: int = 0,
+        given: Setting | None = None,
+    ) -> Study:
+        """Its arms, tuned unless a setting is given, then on fresh seeds; by default all arms and as many seeds as its
+        own or the preset's.
 
         Raises ValueError for an ablation without the arm that it is of.
         """
@@ -51,7 +60,7 @@ class Experiment:
             parts = {name: replace(arm, tuned_as=self.ablated) for name, arm in chosen.items() if name != self.ablated}
             chosen |= parts
         seeds = seeds or self.seeds or preset.seeds
-        return Study(cases, chosen, seeds, preset.compiled, self.ablated or BARE)
+        return Study(cases, chosen, seeds, preset.compiled, self.ablated or BARE, given)
 
     def search(self, preset: Preset, cases: Sequence[Case], arms: Sequence[str] = ()) -> Search:
         """Its arms by successive halving. Raises ValueError at a preset that has no room for it."""

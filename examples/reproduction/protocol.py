@@ -7,7 +7,7 @@ apart. Fresh seeds with the winner train on all training images and are read on 
 Shorter schedules play no part: they favour large steps.
 
 An arm may take another one's settings instead (``Arm.tuned_as``): all radii of Table I train alike, and an ablation
-asks what a part of one arm does, all else equal.
+asks what a part of one arm does, all else equal. Or all take settings that are given, and nothing is tuned.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class Study:
     compiled: bool = True
     reference: str = BARE
     """The arm that the others are compared with."""
+    given: Setting | None = None
+    """Of all arms, in place of tuning."""
 
     @property
     def pairs(self) -> list[tuple[Case, str]]:
@@ -123,7 +125,7 @@ class Study:
         asked anew. Empty where there is nothing to choose.
         """
         task = case.task
-        if len(task.grid) == 1:
+        if self.given or len(task.grid) == 1:
             return []
         found = {setting: self._tuning_run(case, arm, setting) for setting in task.grid}
         found |= {setting: run for setting in task.reachable if (run := self._tuning_run(case, arm, setting)) in lines}
@@ -161,7 +163,9 @@ class Study:
         return found
 
     def setting(self, case: Case, arm: str, lines: Lines) -> Setting | None:
-        """Learning rate and decay that win the tuning, or lead it so far; None before its first run."""
+        """Learning rate and decay that are given, or win the tuning, or lead it so far; None before its first run."""
+        if self.given:
+            return self.given
         arm = self.tuned_as(arm)
         if len(case.task.grid) == 1:
             return case.task.grid[0]

@@ -31,12 +31,12 @@ _PICTURES = {
 def write_report(
     experiment: str, comparison: Study | Search, lines: Lines, path: Path, surfaces: Path | None = None
 ) -> None:
-    """``path`` with .png, and for what is no figure with .md, which is printed too.
+    """``path`` followed by .png, and for what is no figure by .md, which is printed too.
 
     Raises ValueError where no surface is there to draw.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = path.with_suffix(".png")
+    picture = path.with_name(f"{path.name}.png")  # the name may have a decimal point
     if isinstance(comparison, Search):
         text = search_table(comparison, lines) + "\n\nBare host:\n\n" + tuning_table(comparison.bare, lines) + "\n"
     else:
@@ -56,5 +56,5 @@ def write_report(
                 "\nTuning: accuracy on held-out training images in %, one reading a tuning seed.\n\n" + tuning + "\n"
             )
     text = f"{EXPERIMENTS[experiment].title}\n\n{text}"
-    checkpoints.write_text(path.with_suffix(".md"), text)
+    checkpoints.write_text(path.with_name(f"{path.name}.md"), text)
     print(text)

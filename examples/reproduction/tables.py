@@ -26,8 +26,12 @@ _NOTE = (
     "Differences are paired by seed. Their intervals are over training seeds, at the settings that tuning chose, on "
     "one test set. With few seeds the bootstrap's are too narrow: trust the t interval. What they leave out: tuning "
     "reads few seeds on 5,000 images, each reading with a standard error of 0.7 points or so, so other tuning seeds "
-    "might have chosen other settings; *so far* means that it has not ended. The seeds that would decide are those of "
-    "a new study, fixed beforehand; to add seeds until an interval lies clear of zero finds differences that are none."
+    "might have chosen other settings; *so far* means that tuning has not ended. The seeds that would decide are those "
+    "of a new study, fixed beforehand; adding seeds until an interval lies clear of zero finds what is not there.\n\n"
+    "± is the standard deviation over seeds. *Flipped*: share of binary weights that differ from the initial ones. "
+    "*Oscillating late*: share that changes at least twice within an epoch, mean over the last quarter of training. "
+    "*Reach*: √r‖p‖ of the furthest point, 1 at the ball's edge. Arms: *bare*, the host alone; *HBNN*, the paper's "
+    "rule; *HBNN, spectral*, the library's default; *√lr*, the default before it; *Euclidean*, without curvature."
 )
 
 
@@ -54,14 +58,18 @@ def difference(study: Study, case: Case, arm: str, lines: Lines, readout: int | 
 
 def comparison_table(study: Study, lines: Lines) -> str:
     """Test accuracy of every arm, and its paired difference from the study's reference."""
+    together = "for all hosts together (Bonferroni)"
     header = [
-        *("task, host", "arm", "lr, decay", "test accuracy, % (seeds)", "seed by seed", f"− {study.reference}, points"),
-        *("95 % t interval", "for all hosts together (Bonferroni)"),
+        *("task, host", "arm", "lr, decay", "test accuracy, % (seeds)", "seed by seed"),
+        *(f"difference from {study.reference}, points", "95 % t interval", together),
         *("95 % bootstrap", "seeds that would decide"),
         f"mean of the last {_STEADIER} epochs, 95 % t interval",
         *("training loss", "flipped", "oscillating late", "reach"),
     ]
     rows = [[case, arm, *_cells(study, case, arm, lines)] for case in study.cases for arm in study.arms]
+    if len(study.cases) == 1:  # it repeats the one before
+        place = header.index(together)
+        header, rows = header[:place] + header[place + 1 :], [row[:place] + row[place + 1 :] for row in rows]
     return f"{table(header, rows)}\n\n{_NOTE}"
 
 
@@ -70,7 +78,9 @@ def _cells(study: Study, case: Case, arm: str, lines: Lines) -> list[str]:
     setting = f"{best[0]:g}, {best[1]:g}" if best else "not tuned yet"
     if best and not study.is_tuned(case, arm, lines):
         setting += ", so far"
-    if (tuned_as := study.tuned_as(arm)) != arm:
+    if study.given:
+        setting += ", given"
+    elif (tuned_as := study.tuned_as(arm)) != arm:
         setting += f", as {tuned_as}"
     if not found:
         return [setting, *[""] * 12]

@@ -15,7 +15,7 @@ __all__ = ["report"]
 _HEAD = """# What the plugin costs in training
 
 Made by `python examples/benchmark_training.py --report` from `training-cost.jsonl`. Medians over turns in one
-process, with 95 % bootstrap intervals; ratios are taken within a turn.
+process, with 95 % bootstrap intervals; ratios are taken within a turn. A "+" behind a commit: with uncommitted changes.
 """
 
 
@@ -37,7 +37,8 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
 
 _TITLES = {
     "map": "## The map alone, forward and backward\n\nThe floor is what copying as many bytes takes as have to move.\n",
-    "growth": "## How its cost grows\n",
+    "growth": "## How its cost grows\n\nHere no compiled variants run between the turns, and geoopt is faster than "
+    "above at 2.36 M weights: compare within a table.\n",
     "step": "## A training step, as a multiple of the bare host's\n",
     "launches": "## Operators of a training step that compute something: on a GPU, kernels to launch\n\n"
     "Forward + backward + optimizer step, counted on torch's meta device, whose tensors have no values.\n",
@@ -96,4 +97,4 @@ def _memory(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def _machines(lines: Sequence[Mapping[str, Any]]) -> str:
     found = {f"{line['machine']}; torch {line['torch']}, commit {line['commit']}" for line in lines}
-    return "\n".join(sorted(found)) + "\n"
+    return "\n".join(f"* {machine}" for machine in sorted(found)) + "\n"

@@ -15,7 +15,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,9 @@ class EPC(nn.Module, ABC):
     The binary weight that flips are counted from (``flip_reference``, one bit a weight, on the CPU) and the settings
     travel in the state_dict's ``_extra_state``.
     """
+
+    cast_buffers: ClassVar[frozenset[str]] = frozenset()
+    """Those that take half precision with the model."""
 
     point: Tensor
     scale: Tensor | None
@@ -310,6 +313,8 @@ class EPC(nn.Module, ABC):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             now = self._buffers[name]
+            if name in self.cast_buffers:
+                continue
             if old is not None and now is not None and now.is_floating_point():
                 dtype = working_dtype(now.dtype)
                 if dtype != now.dtype:

@@ -45,6 +45,8 @@ class InPlace(EPC):
         latent: v, of the weight's shape and dtype. (While an optimizer steps, the weight itself holds it.)
     """
 
+    cast_buffers = frozenset({"latent"})  # as the weight is
+
     latent: Tensor
     host: tuple[nn.Module, str] | None = None  # in a tuple, so that it is not taken for a submodule
 
@@ -183,10 +185,7 @@ class InPlace(EPC):
             weight.copy_(before)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InPlace:
-        """Move with the model; the latent is cast as the weight is."""
-        latent = self.latent
         super()._apply(fn, recurse)
-        self.latent = fn(latent)
         self.written = None
         return self
 

@@ -140,7 +140,6 @@ class Parametrized(EPC):
 
     def _watch_edits(self, weight: Tensor) -> None:
         """Warn once when somebody has written into the weight that the last read returned, where nobody sees it."""
-
         last, self._last_read = self._last_read, None
         self._reads_to_watch -= 1
         if last is not None and checksum(last[0]) != last[1]:

@@ -22,7 +22,7 @@ class LayerClusters(NamedTuple):
         mean_reach: mean of √r‖p‖ over them: 0 at the ball's origin, 1 at its edge (1 everywhere on the sphere).
         reach: its maximum.
         disagreement: share of weights whose binary value differs from the one the host would give the latent weight
-            itself. Says something where the latent is about the weight: with a point that starts at the origin.
+            itself. Meaningful only while the latent is close to the weight, as with points that start at the origin.
     """
 
     points: int

@@ -14,7 +14,7 @@ class Agreement(NamedTuple):
     """Another runtime's logits against torch's, on the same input.
 
     Attributes:
-        rows: how many times a class was chosen: N for logits of shape (N, classes).
+        rows: how many predictions were compared: N for logits of shape (N, classes).
         same_top1: how often both chose the same class.
         difference: the largest difference of two logits.
         largest: the largest absolute logit of torch.

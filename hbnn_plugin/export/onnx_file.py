@@ -27,7 +27,7 @@ def to_onnx(
 
     What the host's forward makes of its latent weights is worked out: a binary layer's initializer holds the ±1 that it
     convolves with, and a product with its scales follows. The batch may be of any size, unless the model's own code
-    takes sizes for numbers, such as in ``x.view(x.size(0), -1)``; then it is the example's. The file appears whole and
+    turns it into a constant, such as in ``x.view(x.size(0), -1)``; then it is the example's. The file appears whole and
     checked, or not at all.
 
     Args:

@@ -68,7 +68,7 @@ class ClusterSGD(_StepsPoints, torch.optim.SGD):
         point_lr: overrides that of ``apply``, in every parameter group that has none of its own.
 
     Raises:
-        ValueError: no latent weight is among ``params``, or ``point_lr`` is no finite number from 0.
+        ValueError: no latent weight is among ``params``, or ``point_lr`` is not a finite number ≥ 0.
     """
 
 
@@ -80,7 +80,7 @@ class ClusterAdam(_StepsPoints, torch.optim.Adam):
         point_lr: overrides that of ``apply``, in every parameter group that has none of its own.
 
     Raises:
-        ValueError: no latent weight is among ``params``, or ``point_lr`` is no finite number from 0.
+        ValueError: no latent weight is among ``params``, or ``point_lr`` is not a finite number ≥ 0.
     """
 
 
@@ -92,5 +92,5 @@ class ClusterAdamW(_StepsPoints, torch.optim.AdamW):
         point_lr: overrides that of ``apply``, in every parameter group that has none of its own.
 
     Raises:
-        ValueError: no latent weight is among ``params``, or ``point_lr`` is no finite number from 0.
+        ValueError: no latent weight is among ``params``, or ``point_lr`` is not a finite number ≥ 0.
     """

@@ -2,7 +2,7 @@ r"""A point's step to be made, and how large it is.
 
 η is point_lr · lr ** point_lr_power, lr the weight's learning rate. The power is 1, for spectral points ¾: their steps
 shrink with η alone, a weight's with its gradient too. At ½ they are still restless at the end of training on a host
-whose gradients do not vanish (ReCU), at 1 they gain less (README, "Beyond the paper").
+whose gradients do not vanish (ReCU), at 1 they read less there (README, "Beyond the paper").
 
 Under an optimizer of Adam's kind (its group has ``betas``, or ``eps`` and one of :data:`_SQUARES`) the weights move
 by about lr a coordinate however large their gradient is. Under the rules ``mobius`` and ``riemannian`` g is then

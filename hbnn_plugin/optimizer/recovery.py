@@ -78,7 +78,6 @@ def recover(
         found_inf: nonzero where the optimizer is going to skip this step (likewise).
         upstream: whether G is wanted as well.
     """
-
     results: dict[int, Recovered] = {}
     for members in places_of_equals(
         (epc.settings.space, epc.point.device, epc.point.dtype, gradient.dtype)

@@ -112,10 +112,10 @@ def apply(
             first. For ``"1/1"`` every ``nn.ReLU`` outside the classifier becomes ``nn.Hardtanh``.
         mode: ``"parametrize"``: the weight becomes a torch parametrization of its latent; ``"inplace"``: the host keeps
             its weight and class, its keys beside new ones, and only an optimizer's step sees the latent. By default
-            parametrize, unless something is seen that takes in-place mode (``host/idioms.py``, a model in DDP);
+            parametrize, unless something is seen that requires in-place mode (``host/idioms.py``, a model in DDP);
             ``plan`` tells.
         rule: how points move: ``"spectral"`` (beyond the paper, ``optimizer/rules.py``; the ball's default, because
-            it gained accuracy over a tuned IR-Net, see the README), ``"mobius"`` (the paper's Eq. 9; the sphere's
+            it did best on IR-Net, see the README), ``"mobius"`` (the paper's Eq. 9; the sphere's
             default), ``"riemannian"`` or ``"riemannian-adam"`` (geoopt's), or ``"fixed"``: not at all, which is the
             plain Riemannian exponential map. On the sphere all but the last follow the geodesic.
         order: ``"simultaneous"``: point and latent from one gradient; ``"alternating"``: the point first, the latent's
