@@ -3,7 +3,7 @@
     python examples/reproduce.py table5 --preset small --data DIR     # runs what is missing; stop and repeat at will
     python examples/reproduce.py table5 --preset small --plan         # what is missing, in order
     python examples/reproduce.py table5 --preset small --report       # tables and pictures, from the committed lines
-    python examples/reproduce.py table5 --setting 0.1 5e-4 --data DIR   # every arm at this rate and decay
+    python examples/reproduce.py table5 --setting 0.1 5e-4 --data DIR # every arm at this rate and decay
     torchrun --nproc_per_node 8 examples/reproduce.py table5 --preset paper --archs resnet18_imagenet --data DIR
 
 Experiments: table1 (radius), table2 (1/1 and 1/32 networks), table5 (on top of existing methods), fig3 (flips), fig4
