@@ -311,10 +311,8 @@ class EPC(nn.Module, ABC):
         """Move with the model, but stay in float32 or better when it is cast to half precision."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            now = self._buffers[name]
-            if name in self.cast_buffers:
-                continue
+        for name in before.keys() - self.cast_buffers:
+            old, now = before[name], self._buffers[name]
             if old is not None and now is not None and now.is_floating_point():
                 dtype = working_dtype(now.dtype)
                 if dtype != now.dtype:
